@@ -1,0 +1,29 @@
+"""Errors a user can meet. Each message is one sentence: what must hold, what came, what to do."""
+
+
+class MemlmError(Exception):
+    """Root of every error memlm raises on purpose."""
+
+
+class InputError(MemlmError, ValueError):
+    """An argument, a configuration or an input text is not usable as given."""
+
+
+class StoreError(MemlmError, RuntimeError):
+    """A datastore on disk cannot be used as it is."""
+
+
+class FingerprintError(StoreError):
+    """A store, index or saved model was made from something else than what it now meets."""
+
+
+class CorruptStoreError(StoreError):
+    """A file of a store is missing, truncated or altered."""
+
+
+class UnsupportedModelError(MemlmError, RuntimeError):
+    """The model does not offer the place memlm would have to reach."""
+
+
+class MissingExtraError(MemlmError, RuntimeError):
+    """An optional dependency is not installed; the message holds the pip command."""

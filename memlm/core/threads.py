@@ -1,0 +1,26 @@
+"""Thread counts are set for a block of code and given back afterwards, never left changed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from memlm.core.config import check
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[int]:
+    """Run the block with ``count`` intra-op threads (None: as they are); yields the number in force.
+
+    Raises:
+        InputError: if ``count`` is below 1.
+    """
+    check(count is None or count >= 1, f"threads must be at least 1, got {count}")
+    before = torch.get_num_threads()
+    if count is not None and count != before:
+        torch.set_num_threads(count)
+    try:
+        yield count or before
+    finally:
+        if torch.get_num_threads() != before:
+            torch.set_num_threads(before)

@@ -1,0 +1,68 @@
+"""Shared fixtures: golden cases, one test run per folder of a kind.
+
+A test that takes an argument named ``golden_<system>_<kind>`` runs once per folder of that kind,
+for every root: ``tests/golden`` and, when given, the directory after ``--golden``.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).parent
+BESIDE = HERE.parent.parent / "shared" / "golden"
+SYSTEMS = ("retomaton", "trime", "retro", "tupe", "lminfinite")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--golden", type=Path, default=None, help="root of golden cases: <root>/<system>/CASES.json"
+    )
+
+
+def golden_roots(config) -> list[Path]:
+    if given := config.getoption("--golden"):
+        return [given]
+    return [root for root in (HERE / "golden", BESIDE) if root.is_dir()]
+
+
+def golden_folders(config, system: str, kind: str) -> list[Path]:
+    folders = []
+    for root in golden_roots(config):
+        cases = root / system / "CASES.json"
+        if cases.exists():
+            names = json.loads(cases.read_text(encoding="utf-8")).get(kind, [])
+            folders += [root / system / name for name in names]
+    return folders
+
+
+def sibling(path: Path, kind: str) -> Path:
+    """The first folder of another kind in the root that ``path`` belongs to."""
+    root = next(parent for parent in path.parents if (parent / "CASES.json").exists())
+    return root / json.loads((root / "CASES.json").read_text(encoding="utf-8"))[kind][0]
+
+
+def pytest_generate_tests(metafunc):
+    for name in metafunc.fixturenames:
+        if not name.startswith("golden_"):
+            continue
+        system, _, kind = name.removeprefix("golden_").partition("_")
+        if system not in SYSTEMS:
+            continue
+        folders = golden_folders(metafunc.config, system, kind)
+        labels = [f"{folder.parent.parent.parent.name}-{folder.name}" for folder in folders]
+        metafunc.parametrize(name, folders, ids=labels)
+
+
+@pytest.fixture(autouse=True)
+def _threads_are_given_back():
+    """No test may leave the number of torch threads changed."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    assert torch.get_num_threads() == before, "a thread count was changed and not restored"
