@@ -1,0 +1,1 @@
+"""Types, errors, files and settings that every room stands on; no model code."""

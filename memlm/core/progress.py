@@ -32,7 +32,9 @@ def bar(total: int | None, *, label: str, unit: str, initial: int = 0, quiet: bo
     )
 
 
-def track(items: Iterable[Any], *, label: str, unit: str, total: int | None = None) -> Iterator[Any]:
+def track(
+    items: Iterable[Any], *, label: str, unit: str, total: int | None = None
+) -> Iterator[Any]:
     """Iterate with a progress bar of one unit per item."""
     if total is None and hasattr(items, "__len__"):
         total = len(items)  # type: ignore[arg-type]

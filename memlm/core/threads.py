@@ -10,7 +10,7 @@ from memlm.core.config import check
 
 @contextmanager
 def torch_threads(count: int | None) -> Iterator[int]:
-    """Run the block with ``count`` intra-op threads (None: as they are); yields the number in force.
+    """Run the block with ``count`` intra-op threads (None: unchanged); yields the number in force.
 
     Raises:
         InputError: if ``count`` is below 1.

@@ -1,0 +1,145 @@
+"""Merging memories: one softmax over several sets of candidates. Read this first.
+
+Every memory answers a query with scored candidates, and so does the model itself: its candidates
+are the whole vocabulary, its scores the logits. Scoring a known next token y needs two numbers:
+
+    lse        = logsumexp_j s_j                  (how much mass is claimed)
+    target_lse = logsumexp_{j: token_j = y} s_j   (how much of it is on y)
+
+so that ``log p(y) = target_lse - lse``. Two ways to merge:
+
+* `union` puts all candidates under one softmax (TRIME, Zhong et al. 2022, eq. 4). It is
+  associative and commutative with the empty memory (-inf, -inf) as identity, so the result does
+  not depend on how candidates are split over windows, shards or devices.
+* `mixture` normalises each first, then interpolates (kNN-LM, Khandelwal et al. 2020, eq. 3):
+  ``p = (1 - lam) p_model + lam p_memory``.
+
+Both exist for known targets (`union`, `mixture`) and for vocabulary rows (`union_logits`,
+`mixture_logits`). Rows are unnormalised log-scores: they sum to one after a softmax.
+
+Differs from the papers' code: a row with ``lam = 0`` or without any candidate is the model's own,
+bit for bit (the originals lose the mass lam there), and empty rows carry no NaN gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from memlm.core.errors import InputError
+from memlm.core.merges import Merge, Union
+from memlm.core.types import Candidates, TargetPartial
+from memlm.ops.logsumexp import safe_log, safe_logaddexp, safe_logsumexp
+from memlm.ops.tokens import token_log_scores
+
+
+def union(*parts: TargetPartial) -> TargetPartial:
+    """Join candidate sets under one softmax.
+
+    Args:
+        parts: at least one; all of one shape ``(queries,)``.
+
+    Raises:
+        InputError: if there is none or the shapes differ.
+    """
+    if not parts:
+        raise InputError("union needs at least one memory, got none; pass the model's own partial")
+    for part in parts:
+        _same_queries(parts[0].lse, part.lse)
+    return TargetPartial(
+        lse=safe_logsumexp(torch.stack([part.lse for part in parts]), dim=0),
+        target_lse=safe_logsumexp(torch.stack([part.target_lse for part in parts]), dim=0),
+    )
+
+
+def mixture(lam: float | Tensor, base: TargetPartial, memory: TargetPartial) -> TargetPartial:
+    """Interpolate two distributions at the target: ``(1 - lam) base + lam memory``.
+
+    Args:
+        lam: weight of the memory in [0, 1], a number or ``(queries,)``.
+        base: the model's partial.
+        memory: the memory's partial; queries it has no candidate for keep ``base``.
+
+    Returns:
+        A partial with ``lse = 0`` where the two were mixed, and ``base`` itself elsewhere.
+
+    Raises:
+        InputError: if the shapes differ.
+    """
+    _same_queries(base.lse, memory.lse)
+    lam = _weight(lam, base.lse)
+    mixed = (lam > 0) & ~torch.isneginf(memory.lse)
+    memory_lse = torch.where(mixed, memory.lse, torch.zeros_like(memory.lse))
+    log_probability = safe_logaddexp(
+        safe_log(1 - lam) + base.target_lse - base.lse,
+        safe_log(lam) + memory.target_lse - memory_lse,
+    )
+    return TargetPartial(
+        lse=torch.where(mixed, torch.zeros_like(base.lse), base.lse),
+        target_lse=torch.where(mixed, log_probability, base.target_lse),
+    )
+
+
+def union_logits(logits: Tensor, candidates: Candidates) -> Tensor:
+    """Vocabulary rows of a union: ``logaddexp(logits, token scores)``.
+
+    Args:
+        logits: ``(queries, vocab)`` of the model.
+        candidates: of the same queries.
+
+    Returns:
+        ``(queries, vocab)`` unnormalised log-scores, at least float32; the model's own values
+        where the memory proposes nothing.
+    """
+    scores = token_log_scores(candidates, logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, scores.dtype)
+    return safe_logaddexp(logits.to(dtype), scores.to(dtype))
+
+
+def mixture_logits(lam: float | Tensor, logits: Tensor, candidates: Candidates) -> Tensor:
+    """Vocabulary rows of a mixture, as log-probabilities where the memory speaks.
+
+    Args:
+        lam: weight of the memory in [0, 1], a number or ``(queries,)``.
+        logits: ``(queries, vocab)`` of the model.
+        candidates: of the same queries.
+
+    Returns:
+        ``(queries, vocab)``, at least float32: log-probabilities of the mixture, and the model's
+        logits untouched where ``lam = 0`` or no candidate is valid.
+    """
+    if isinstance(lam, float | int) and lam == 0:
+        return logits
+    scores = token_log_scores(candidates, logits.shape[-1])
+    dtype = torch.promote_types(logits.dtype, scores.dtype)
+    logits, scores = logits.to(dtype), scores.to(dtype)
+    lam = _weight(lam, logits[:, 0]).unsqueeze(-1)
+    mixed = (lam > 0) & candidates.valid.any(-1, keepdim=True)
+    normaliser = safe_logsumexp(scores).unsqueeze(-1)
+    normaliser = torch.where(mixed, normaliser, torch.zeros_like(normaliser))
+    rows = safe_logaddexp(
+        safe_log(1 - lam) + torch.log_softmax(logits, dim=-1), safe_log(lam) + scores - normaliser
+    )
+    return torch.where(mixed, rows, logits)
+
+
+def merge_target(merge: Merge, base: TargetPartial, memory: TargetPartial) -> TargetPartial:
+    """Merge a memory into the model's partial as ``merge`` says."""
+    return union(base, memory) if isinstance(merge, Union) else mixture(merge.lam, base, memory)
+
+
+def merge_logits(merge: Merge, logits: Tensor, candidates: Candidates) -> Tensor:
+    """Merge a memory into the model's vocabulary rows as ``merge`` says."""
+    if isinstance(merge, Union):
+        return union_logits(logits, candidates)
+    return mixture_logits(merge.lam, logits, candidates)
+
+
+def _weight(lam: float | Tensor, like: Tensor) -> Tensor:
+    return torch.as_tensor(lam, dtype=like.dtype, device=like.device).expand_as(like)
+
+
+def _same_queries(a: Tensor, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise InputError(
+            f"memories must answer the same queries: got {tuple(a.shape)} and {tuple(b.shape)}; "
+            "read every memory with the same query batch"
+        )

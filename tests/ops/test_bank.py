@@ -1,0 +1,92 @@
+import pytest
+import torch
+from torch.autograd import gradcheck
+
+from memlm.core.errors import InputError
+from memlm.core.types import Bank
+from memlm.ops import bank as room
+from memlm.ops.bank import (
+    Places,
+    any_of,
+    bank_lse,
+    earlier_in_document,
+    earlier_in_stream,
+    other_documents,
+)
+
+RULES = {
+    "local": earlier_in_document,
+    "long": earlier_in_stream,
+    "external": any_of(earlier_in_document, other_documents),
+    "nothing": lambda query, key: torch.zeros(len(query[0]), len(key[0]), dtype=torch.bool),
+}
+
+
+def make(entries=23, dim=4, dtype=torch.float64):
+    torch.manual_seed(entries)
+    stream, document = torch.arange(entries) % 2, torch.arange(entries) // 6
+    bank = Bank(
+        keys=torch.randn(entries, dim, dtype=dtype),
+        tokens=torch.randint(0, 5, (entries,)),
+        stream=stream,
+        document=document,
+        position=torch.arange(entries),
+    )
+    return torch.randn(entries, dim, dtype=dtype), bank, torch.randint(0, 5, (entries,))
+
+
+def score(query, bank, targets, rule, impl):
+    places = Places(bank.stream, bank.document, bank.position)
+    return bank_lse(query, bank, targets, places, RULES[rule], scale=0.5, impl=impl)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("tile", [1, 5, 64])
+def test_chunked_equals_reference_forward_and_backward(rule, tile, monkeypatch):
+    monkeypatch.setattr(room, "_TILE", tile)
+    results = []
+    for impl in ("reference", "chunked"):
+        query, bank, targets = make()
+        query.requires_grad_()
+        bank = bank._replace(keys=bank.keys.requires_grad_())
+        partial = score(query, bank, targets, rule, impl)
+        seen = [x[~torch.isneginf(x)] for x in partial]
+        (seen[0].sum() + seen[1].square().sum()).backward()
+        results.append([*partial, query.grad, bank.keys.grad])
+    for reference, chunked in zip(*results, strict=True):
+        torch.testing.assert_close(chunked, reference, rtol=0, atol=1e-12)
+
+
+def test_gradcheck_with_rows_that_see_nothing(monkeypatch):
+    monkeypatch.setattr(room, "_TILE", 4)
+    query, bank, targets = make(entries=7, dim=3)
+
+    def log_masses(query, keys):
+        partial = score(query, bank._replace(keys=keys), targets, "local", "chunked")
+        return torch.logaddexp(partial.lse, torch.zeros(7)) + torch.logaddexp(
+            partial.target_lse, torch.zeros(7)
+        )
+
+    gradcheck(log_masses, (query.requires_grad_(), bank.keys.requires_grad_()))
+
+
+def test_a_position_never_sees_itself_or_the_future():
+    query, bank, targets = make()
+    before = score(query, bank, targets, "long", "chunked")
+    bank.keys[10:] += 1
+    bank.tokens[10:] += 1
+    after = score(query, bank, targets, "long", "chunked")
+    assert torch.equal(before.lse[:11], after.lse[:11])
+    assert torch.equal(before.target_lse[:11], after.target_lse[:11])
+    assert not torch.equal(before.lse[12:], after.lse[12:])
+
+
+def test_bfloat16_accumulates_in_float32():
+    query, bank, targets = make(dtype=torch.bfloat16)
+    assert score(query, bank, targets, "long", "auto").lse.dtype == torch.float32
+
+
+def test_dimensions_must_agree():
+    query, bank, targets = make()
+    with pytest.raises(InputError, match="must have one dimension: got 3 and 4"):
+        score(query[:, :3], bank, targets, "local", "auto")
