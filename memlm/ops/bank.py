@@ -154,7 +154,7 @@ class _ChunkedBank(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grads: Tensor):
+    def backward(ctx: Any, *grads: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         """``d lse / d s_j`` is the softmax weight, over all keys and over those on the target."""
         query, keys, targets, lse, target_lse = ctx.saved_tensors
         bank, places, visibility, scale = ctx.rest
