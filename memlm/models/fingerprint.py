@@ -1,0 +1,99 @@
+"""Fingerprints of models and tokenizers: equal where they would make the same keys.
+
+A store is only good for the model and tokenizer that made it. The model's fingerprint covers what
+its numbers depend on: the settings that differ from their defaults, and the name, shape, type and
+bytes of every weight. It leaves out what does not matter (names, versions, dropout, generation
+settings), so a renamed or re-saved copy keeps its fingerprint. xxh3 runs at memory speed.
+"""
+
+import json
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memlm.core.errors import UnsupportedModelError
+from memlm.core.files import fingerprint
+
+# Settings that change no hidden state of an evaluated model.
+_VOLATILE = {
+    "architectures",
+    "auto_map",
+    "chunk_size_feed_forward",
+    "dtype",
+    "id2label",
+    "label2id",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_VOLATILE_ENDINGS = ("_token_id", "dropout", "pdrop", "_dropout_prob", "initializer_range")
+
+
+def model_hash(model: PreTrainedModel) -> str:
+    """The fingerprint of a model's settings and weights, as ``"xxh3_128:<hex>"``.
+
+    Raises:
+        UnsupportedModelError: if weights are not in memory (meta tensors).
+    """
+    settings = _stable(model.config.to_diff_dict())
+    digest = xxhash.xxh3_128()
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            raise UnsupportedModelError(
+                f"the weights must be in memory to be fingerprinted, but {name} is on the meta "
+                "device; load the model without offloading to disk"
+            )
+        # Tied weights appear under several names, and which are saved depends on the version.
+        place = (tensor.data_ptr(), tuple(tensor.shape))
+        if place in seen and tensor.numel():
+            continue
+        seen.add(place)
+        digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
+        digest.update(_bytes(tensor))
+    return fingerprint({"settings": settings, "weights": digest.hexdigest()})
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The fingerprint of how a tokenizer cuts text, as ``"xxh3_128:<hex>"``.
+
+    Covers the whole pipeline of a fast tokenizer (normaliser, pieces, merges, added tokens) and the
+    tokens that begin and end documents; not padding or truncation, which are states of use.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        pipeline = json.loads(backend.to_str())
+        pipeline.pop("padding", None)
+        pipeline.pop("truncation", None)
+    else:
+        pipeline = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
+    return fingerprint(
+        {"pipeline": pipeline, "begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id}
+    )
+
+
+def _stable(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {
+            str(name): _stable(value)
+            for name, value in values.items()
+            if name not in _VOLATILE
+            and not str(name).startswith("_")
+            and not str(name).endswith(_VOLATILE_ENDINGS)
+        }
+    if isinstance(values, list | tuple):
+        return [_stable(value) for value in values]
+    return values if isinstance(values, str | int | float | bool) or values is None else str(values)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().contiguous().cpu().flatten()
+    return flat.view(torch.uint8).numpy().data
