@@ -1,0 +1,1 @@
+"""Perplexity with its protocol, intervals, comparison and the tuning of memories."""

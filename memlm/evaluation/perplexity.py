@@ -1,0 +1,248 @@
+"""Perplexity of a language model with or without a memory, under a stated protocol.
+
+For every scored token y after a context with tap state q,
+
+    log p(y) = target_lse - lse        of   merge( head(hidden), memory(q) )
+
+where both sides are `TargetPartial`s, so no vocabulary row is ever kept. Losses are summed per
+document; everything else (perplexity, bits per byte, intervals) is computed from those sums by
+`memlm.evaluation.result.Evaluation`, which also carries the protocol.
+
+Source: kNN-LM (Khandelwal et al. 2020, eq. 3 and section 4), and the sliding-window evaluation of
+the Hugging Face documentation. Differs from the papers' code: the perplexity is token-weighted, a
+memory with state is never carried over from an unrelated window, and no result depends on the order
+or size of batches beyond floating-point rounding.
+"""
+
+import platform
+from importlib import metadata
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from memlm.core.errors import InputError
+from memlm.core.merges import Merge, Mixture
+from memlm.core.progress import bar
+from memlm.core.threads import torch_threads
+from memlm.core.types import TokenMemory
+from memlm.data.tokens import TokenCorpus
+from memlm.data.windows import Windows
+from memlm.evaluation.passes import (
+    Pass,
+    Stopwatch,
+    log_probabilities,
+    memory_partial,
+    plan_pass,
+)
+from memlm.evaluation.result import DocumentSums, Evaluation, Seconds, WindowSums
+from memlm.models.fingerprint import model_hash
+from memlm.models.running import frozen
+from memlm.ops.merge import merge_target
+
+BATCH_TOKENS = 8192
+
+_PACKAGES = ("memlm", "torch", "transformers", "numpy", "faiss-cpu")
+
+
+def evaluate(
+    model: PreTrainedModel,
+    corpus: TokenCorpus,
+    windows: Windows,
+    *,
+    memory: TokenMemory | None = None,
+    merge: Merge | None = None,
+    tap: str = "auto",
+    batch_tokens: int = BATCH_TOKENS,
+    threads: int | None = None,
+    keep_tokens: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Score every target of the windows once.
+
+    Args:
+        model: causal language model on any one device; read in evaluation mode, given back as it
+            was.
+        corpus: tokens of the model's tokenizer.
+        windows: the rule that cuts the corpus into windows.
+        memory: read at the tap; None evaluates the model alone.
+        merge: how the memory joins the model; None: ``Mixture()``.
+        tap: which hidden state is the memory's query; ``"auto"`` is the one its store was made
+            with, else the model family's default.
+        batch_tokens: most padded tokens per forward pass.
+        threads: CPU threads of torch during the evaluation; None: as they are.
+        keep_tokens: keep the log-probability of every token on the result.
+        progress: show a bar for work over two seconds.
+
+    Returns:
+        Sums per document and window with their protocol; natural log.
+
+    Raises:
+        InputError: if there is nothing to score, a token is not in the vocabulary, a window is
+            longer than the model can read, there is a merge without a memory, or a loss is not
+            finite.
+        FingerprintError: if the memory's store was made by another model.
+        UnsupportedModelError: if the model's head or tap cannot be reached.
+    """
+    if memory is None and merge is not None:
+        raise InputError(
+            f"a merge needs a memory, got {merge!r} without one; pass memory=... or no merge"
+        )
+    merge = Mixture() if merge is None and memory is not None else merge
+    watch = Stopwatch(model.device)
+    with frozen(model), torch_threads(threads), watch.measure("total"):
+        plan = plan_pass(
+            model,
+            corpus,
+            windows,
+            tap=choose_tap(tap, memory),
+            batch_tokens=batch_tokens,
+        )
+        sums = _Sums(plan, keep_tokens)
+        with bar(
+            int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
+        ) as shown:
+            for scored in plan.run(watch):
+                partial = scored.base
+                if memory is not None and merge is not None:
+                    with watch.measure("memory"):
+                        recalled = memory_partial(memory, scored, plan.table)
+                        partial = merge_target(merge, scored.base, recalled)
+                        sums.empty += int(torch.isneginf(recalled.lse).sum())
+                sums.add(scored, log_probabilities(partial, scored, corpus))
+                shown.update(len(scored.places))
+        documents = sums.documents()
+        protocol = protocol_of(plan, windows, documents, batch_tokens, memory, merge)
+    if memory is not None:
+        protocol["without_candidates"] = sums.empty
+    return Evaluation(
+        protocol=protocol,
+        documents=documents,
+        windows=WindowSums(tuple(sums.window_nll.tolist()), tuple(plan.table.targets.tolist())),
+        seconds=Seconds(
+            model=watch.seconds.get("model", 0.0),
+            memory=watch.seconds.get("memory", 0.0),
+            total=watch.seconds["total"],
+        ),
+        model=model_identity(plan),
+        corpus=corpus.describe(),
+        versions=versions(),
+        token_log_probabilities=sums.token_log_probabilities,
+    )
+
+
+class _Sums:
+    """Losses gathered per document and window, in float64."""
+
+    def __init__(self, plan: Pass, keep_tokens: bool):
+        self.corpus, self.table = plan.corpus, plan.table
+        self.nll = np.zeros(plan.corpus.documents)
+        self.tokens = np.zeros(plan.corpus.documents, np.int64)
+        self.window_nll = np.zeros(plan.table.windows)
+        self.empty = 0
+        self.token_log_probabilities = None
+        if keep_tokens:
+            self.token_log_probabilities = np.zeros(int(plan.table.targets.sum()))
+            self.start = np.cumsum(plan.table.targets) - plan.table.targets
+
+    def add(self, scored: Any, log_probability: np.ndarray) -> None:
+        document = self.corpus.document_of(scored.places)
+        np.add.at(self.nll, document, -log_probability)
+        np.add.at(self.tokens, document, 1)
+        np.add.at(self.window_nll, scored.windows, -log_probability)
+        if self.token_log_probabilities is not None:
+            place = self.start[scored.windows] + scored.places - self.table.first[scored.windows]
+            self.token_log_probabilities[place] = log_probability
+
+    def documents(self) -> DocumentSums:
+        corpus = self.corpus
+        lengths = np.diff(corpus.offsets)
+        begins = 0 if corpus.begin_token is None else np.minimum(lengths, 1)
+        return DocumentSums(
+            names=corpus.names,
+            nll=tuple(self.nll.tolist()),
+            tokens=tuple(self.tokens.tolist()),
+            unscored=tuple((lengths - begins - self.tokens).tolist()),
+            bytes=_sizes(corpus.text_bytes),
+            words=_sizes(corpus.text_words),
+            characters=_sizes(corpus.text_characters),
+        )
+
+
+def protocol_of(
+    plan: Pass,
+    windows: Windows,
+    documents: DocumentSums,
+    batch_tokens: int,
+    memory: TokenMemory | None,
+    merge: Merge | None,
+) -> dict[str, Any]:
+    """The protocol as plain JSON values, see `memlm.evaluation.protocol`.
+
+    Args:
+        plan: the pass that was made.
+        windows: its rule.
+        documents: what was scored.
+        batch_tokens: its batch size.
+        memory: the memory or None.
+        merge: the merge or None.
+    """
+    corpus, table = plan.corpus, plan.table
+    lengths = np.diff(corpus.offsets)
+    begins = 0 if corpus.begin_token is None else int((lengths > 0).sum())
+    stateless = memory is None or memory.init_state(1) is None
+    return {
+        "windows": windows.to_dict(),
+        "windows_line": windows.describe(),
+        "window_count": table.windows,
+        "longest_input": int(table.inputs.max()),
+        "scored": {
+            "tokens": sum(documents.tokens),
+            "documents": sum(count > 0 for count in documents.tokens),
+            "begin_tokens": begins,
+            "left_out": sum(documents.unscored),
+        },
+        "begin_token": corpus.begin_token,
+        "unit": "token of the model's tokenizer; bytes are UTF-8, words are separated by spaces",
+        "log_base": "e (nats); bits are base 2",
+        "weighting": "every scored token counts the same",
+        "batch_tokens": batch_tokens,
+        "padding": "right, never scored, no attention mask",
+        "threads": torch.get_num_threads(),
+        "memory": None if memory is None else memory.describe(),
+        "merge": None if merge is None else merge.to_dict(),
+        "state": None if stateless else "state carried within a window only",
+    }
+
+
+def choose_tap(tap: str, memory: TokenMemory | None) -> str:
+    """The tap's name: what was asked for, else what the memory's store was made with."""
+    return tap
+
+
+def model_identity(plan: Pass) -> dict[str, Any]:
+    """Name, hash, dtype, device and tap of the model, as plain JSON values."""
+    model = plan.model
+    return {
+        "name": str(model.config.name_or_path) or type(model).__name__,
+        "hash": model_hash(model),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": model.device.type,
+        "tap": plan.tap.to_dict(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sizes(values: np.ndarray | None) -> tuple[int, ...] | None:
+    return None if values is None else tuple(values.tolist())

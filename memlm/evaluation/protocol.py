@@ -1,0 +1,99 @@
+"""The protocol of an evaluation: how a number was made, as data and as one line.
+
+Perplexities are only comparable under the same windows, boundaries and units, and a perplexity with
+an approximate memory only with that memory's recall beside it. So each result carries
+
+    windows     kind, length and stride, settings and one line
+    scored      counts of scored tokens, begin tokens (context only) and tokens left out
+    boundaries  what context a token may see
+    memory      its settings and measured recall, or None: then the line says "memory off"
+    merge       how the memory joins the model
+    state       whether the memory carries state, and how far
+    units       nats, natural logarithm; bits are base 2
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+OFF = "memory off"
+
+
+def protocol_line(protocol: Mapping[str, Any]) -> str:
+    """The protocol in one line, to print with every number.
+
+    Args:
+        protocol: as `memlm.evaluation.perplexity.evaluate` makes it.
+    """
+    scored = protocol["scored"]
+    begin = protocol["begin_token"]
+    first = (
+        "no begin token"
+        if begin is None
+        else f"begin token {begin} before each document as context only"
+    )
+    left_out = f", {scored['left_out']:,} left out" if scored["left_out"] else ""
+    return "; ".join(
+        (
+            protocol["windows_line"],
+            f"{scored['tokens']:,} tokens of {scored['documents']:,} documents scored once"
+            f"{left_out}, {first}",
+            "token-weighted, natural log",
+            memory_line(protocol["memory"], protocol["merge"], protocol["state"]),
+        )
+    )
+
+
+def memory_line(
+    memory: Mapping[str, Any] | None, merge: Mapping[str, Any] | None, state: str | None = None
+) -> str:
+    """The memory and its merge in a few words, e.g. ``"knn k=1024 ... recall@10 0.97, lam=0.25"``.
+
+    Args:
+        memory: what the memory's ``describe`` says, None if there was none.
+        merge: settings of the merge, None if there was none.
+        state: what the protocol says about carried state, None for nothing.
+    """
+    if memory is None or merge is None:
+        return OFF
+    words = [str(memory.get("kind", "memory"))]
+    words += [f"{name}={memory[name]:g}" for name in ("k", "temperature") if _number(memory, name)]
+    line = f"memory {' '.join(words)}, {recall_words(memory)}, {merge_words(merge)}"
+    return f"{line}, {state}" if state else line
+
+
+def merge_words(merge: Mapping[str, Any]) -> str:
+    """``"mixture lam=0.25"`` or ``"union"``; a weight of zero says that the memory is off."""
+    if "lam" not in merge:
+        return str(merge.get("kind", "merge")).lower()
+    words = f"{str(merge.get('kind', 'mixture')).lower()} lam={merge['lam']:g}"
+    return f"{words} ({OFF})" if merge["lam"] == 0 else words
+
+
+def recall_words(memory: Mapping[str, Any]) -> str:
+    """How well the memory finds the nearest keys, in words.
+
+    Args:
+        memory: what the memory's ``describe`` says; its index says ``exact`` or ``recall``.
+    """
+    index = memory.get("index")
+    if not isinstance(index, Mapping):
+        return "no index"
+    name = index.get("factory") or index.get("kind", "index")
+    for found, value in _entries(index):
+        if found.startswith("recall") and isinstance(value, int | float):
+            return f"{name} recall {value:.3f}"
+    if index.get("exact") or str(index.get("kind", "")).lower() in ("exact", "exactindex"):
+        return "exact search"
+    return f"{name} recall not measured"
+
+
+def _number(values: Mapping[str, Any], name: str) -> bool:
+    return isinstance(values.get(name), int | float)
+
+
+def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value)
+        else:
+            yield str(name), value
