@@ -12,7 +12,7 @@ an approximate memory only with that memory's recall beside it. So each result c
     units       nats, natural logarithm; bits are base 2
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 OFF = "memory off"
@@ -46,7 +46,7 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
 def memory_line(
     memory: Mapping[str, Any] | None, merge: Mapping[str, Any] | None, state: str | None = None
 ) -> str:
-    """The memory and its merge in a few words, e.g. ``"knn k=1024 ... recall@10 0.97, lam=0.25"``.
+    """The memory and its merge: ``"memory knn k=8 temperature=1, exact search, mixture lam=0.25"``.
 
     Args:
         memory: what the memory's ``describe`` says, None if there was none.
@@ -70,30 +70,26 @@ def merge_words(merge: Mapping[str, Any]) -> str:
 
 
 def recall_words(memory: Mapping[str, Any]) -> str:
-    """How well the memory finds the nearest keys, in words.
+    """How well the memory finds the nearest keys, in words; what was not measured says so.
 
     Args:
-        memory: what the memory's ``describe`` says; its index says ``exact`` or ``recall``.
+        memory: what the memory's ``describe`` says, with its index's under ``"index"``.
     """
     index = memory.get("index")
     if not isinstance(index, Mapping):
         return "no index"
-    name = index.get("factory") or index.get("kind", "index")
-    for found, value in _entries(index):
-        if found.startswith("recall") and isinstance(value, int | float):
-            return f"{name} recall {value:.3f}"
-    if index.get("exact") or str(index.get("kind", "")).lower() in ("exact", "exactindex"):
+    if index.get("engine") == "exact":
         return "exact search"
-    return f"{name} recall not measured"
+    name = index.get("factory") or index.get("engine") or "index"
+    if isinstance(index.get("nprobe"), int):
+        name = f"{name} nprobe={index['nprobe']}"
+    recall = index.get("recall")
+    if not isinstance(recall, Mapping) or "value" not in recall:
+        return f"{name} recall not measured"
+    at = f"@{recall['k']}" if "k" in recall else ""
+    on = f" on {recall['queries']:,} queries" if isinstance(recall.get("queries"), int) else ""
+    return f"{name} recall{at} {recall['value']:.3f}{on}"
 
 
 def _number(values: Mapping[str, Any], name: str) -> bool:
     return isinstance(values.get(name), int | float)
-
-
-def _entries(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _entries(value)
-        else:
-            yield str(name), value

@@ -11,7 +11,7 @@ from memlm.testing.tiny import VOCABULARY
 
 
 class FixedMemory:
-    """kNN over a few random keys; silent for queries whose first entry is above ``silent_above``."""
+    """kNN over random keys; silent for queries whose first entry is above ``silent_above``."""
 
     def __init__(self, dim=16, entries=12, *, k=5, temperature=2.0, seed=0, silent_above=None):
         generator = torch.Generator().manual_seed(seed)
@@ -49,7 +49,7 @@ class FixedMemory:
         return {}
 
     def describe(self):
-        index = {"kind": "exact", "metric": "l2"}
+        index = {"engine": "exact", "metric": "l2"}
         return {"kind": "fixed", "k": self.k, "temperature": self.temperature, "index": index}
 
 

@@ -131,9 +131,10 @@ def test_what_cannot_be_compared():
 def test_refusals(tmp_path):
     with pytest.raises(CorruptStoreError, match="must exist"):
         Evaluation.load(tmp_path / "none.json")
+    values = evaluation().to_dict()
+    del values["corpus"], values["documents"]
     with pytest.raises(InputError, match="corpus, documents is missing"):
-        values = evaluation().to_dict()
-        Evaluation.from_dict({k: v for k, v in values.items() if k not in ("corpus", "documents")})
+        Evaluation.from_dict(values)
     with pytest.raises(InputError, match="newer than this memlm"):
         Evaluation.from_dict({**evaluation().to_dict(), "format_version": 2})
     with pytest.raises(InputError, match="those of a Mixture"):
@@ -152,17 +153,25 @@ MEMORY = {"kind": "knn", "k": 64, "temperature": 2.5}
     [
         (None, None, "memory off"),
         (
-            {**MEMORY, "index": {"kind": "exact"}},
+            {**MEMORY, "index": {"engine": "exact", "recall": {"value": 1.0}}},
             Mixture(0.25),
             "memory knn k=64 temperature=2.5, exact search, mixture lam=0.25",
         ),
         (
-            {**MEMORY, "index": {"factory": "IVF16,PQ8", "recall": {"recall@10": 0.71}}},
+            {
+                **MEMORY,
+                "index": {
+                    "engine": "faiss",
+                    "factory": "IVF16,PQ8",
+                    "nprobe": 4,
+                    "recall": {"k": 64, "queries": 1000, "value": 0.71, "source": "keys"},
+                },
+            },
             Mixture(0.5),
-            "IVF16,PQ8 recall 0.710, mixture lam=0.5",
+            "IVF16,PQ8 nprobe=4 recall@64 0.710 on 1,000 queries, mixture lam=0.5",
         ),
         (
-            {**MEMORY, "index": {"factory": "IVF16,PQ8", "recall": None}},
+            {**MEMORY, "index": {"engine": "faiss", "factory": "IVF16,PQ8", "recall": None}},
             Mixture(0.0),
             "IVF16,PQ8 recall not measured, mixture lam=0 (memory off)",
         ),

@@ -1,0 +1,94 @@
+"""A table of evaluations, each with the protocol its numbers were made under.
+
+Rows that share everything but the memory are compared with the first row, which is usually the
+model alone: the ratio of perplexities with its paired interval. Below the table stands one line of
+protocol for every row, so that no number is seen without what it means.
+"""
+
+from collections.abc import Mapping
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+from memlm.core.config import check
+from memlm.core.errors import InputError
+from memlm.evaluation.protocol import memory_line
+from memlm.evaluation.result import Evaluation
+
+
+def report(evaluations: Mapping[str, Evaluation]) -> Group:
+    """The table and its protocol lines, to print with rich.
+
+    Args:
+        evaluations: by the name of their row, in order; the first is what others are compared with.
+
+    Raises:
+        InputError: if there are none.
+    """
+    check(len(evaluations) > 0, "a report needs at least one evaluation, got none")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in (
+        "",
+        "perplexity",
+        "95% interval",
+        "against first",
+        "bits/byte",
+        "per word",
+        "tok/s",
+    ):
+        table.add_column(name, justify="left" if name in ("", "against first") else "right")
+    first = next(iter(evaluations.values()))
+    for name, evaluation in evaluations.items():
+        interval = evaluation.interval()
+        table.add_row(
+            name,
+            _number(evaluation.perplexity),
+            "one document"
+            if interval is None
+            else f"{_number(interval.low)} to {_number(interval.high)}",
+            "" if evaluation is first else _against(evaluation, first),
+            _number(evaluation.bits_per_byte, 4),
+            _number(evaluation.word_perplexity),
+            f"{evaluation.tokens_per_second:,.0f}",
+        )
+    return Group(table, *(Text(line, style="dim") for line in protocol_lines(evaluations)))
+
+
+def protocol_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
+    """One line per shared protocol, then one per row for its memory; a single row gets one line."""
+    if len(evaluations) == 1:
+        return [f"protocol: {evaluation.describe()}" for evaluation in evaluations.values()]
+    shared: dict[str, list[str]] = {}
+    lines = []
+    for name, evaluation in evaluations.items():
+        values = evaluation.protocol
+        memory = memory_line(values["memory"], values["merge"], values["state"])
+        shared.setdefault(evaluation.describe().removesuffix(f"; {memory}"), []).append(name)
+        lines.append(f"{name}: {memory}")
+    for line, names in shared.items():
+        everyone = "all" if len(names) == len(evaluations) else ", ".join(names)
+        lines.insert(0, f"protocol ({everyone}): {line}")
+    return lines
+
+
+def render(evaluations: Mapping[str, Evaluation], width: int = 120) -> str:
+    """The report as plain text of at most ``width`` columns."""
+    console = Console(width=width, color_system=None, force_terminal=False)
+    with console.capture() as text:
+        console.print(report(evaluations))
+    return text.get()
+
+
+def _against(evaluation: Evaluation, first: Evaluation) -> str:
+    try:
+        compared = evaluation.compare(first)
+    except InputError:
+        return "other tokens"
+    if compared.low is None or compared.high is None:
+        return f"x{compared.ratio:.4f}"
+    return f"x{compared.ratio:.4f} ({compared.low:.4f} to {compared.high:.4f})"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"
