@@ -1,0 +1,1 @@
+"""The on-disk datastore of keys and next tokens: writer, reader, verify; knows no model."""

@@ -1,0 +1,504 @@
+"""Writing a datastore: any number of workers, killed at any moment, the same bytes.
+
+A store is written range by range, in any order, by whoever claims a range first. A finished range
+is a set of whole files and then one line in ``journal.jsonl``; the line is the truth. What a killed
+worker left half-done has no line, its lock is released by the kernel, and the next worker does the
+range again. When every range has its line, ``finalize`` turns the journal into the manifest::
+
+    open     manifest.json (complete: false)      identity and plan, refused if they differ
+    write    keys-, values-, documents-00007.safetensors, then a line in journal.jsonl
+    finalize manifest.json (complete: true, checksums), journal removed
+
+Bytes depend on identity, plan and entries alone. Times, hosts and versions go to
+``build-log.jsonl``, which is outside the store's identity.
+"""
+
+import contextlib
+import os
+import platform
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from functools import lru_cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Self
+
+import xxhash
+from filelock import FileLock, Timeout
+from safetensors.torch import save
+
+from memlm.core.config import check
+from memlm.core.errors import FingerprintError, InputError, StoreError
+from memlm.core.files import TEMPORARY, clean_temporaries, sync_directory, write_atomic
+from memlm.core.journal import Journal
+from memlm.store.entries import Column, in_memory, integers_hash, stored_integers, stored_keys
+from memlm.store.manifest import (
+    BUILD_LOG,
+    JOURNAL,
+    MANIFEST,
+    Identity,
+    Manifest,
+    PlannedRange,
+    ShardRecord,
+    StoreInfo,
+    read_manifest,
+    shard_files,
+    write_manifest,
+)
+from memlm.store.reader import Datastore, size_problem
+
+_LOCKS = "locks"
+_OPEN_SECONDS = 60.0
+_OWN = (MANIFEST, JOURNAL, BUILD_LOG, _LOCKS)
+
+
+class StoreWriter:
+    """A datastore being built. Cheap to make; every worker opens its own.
+
+    Attributes:
+        path: the directory.
+        manifest: identity and plan (and the shards, if the store was complete when opened).
+    """
+
+    def __init__(self, path: Path, manifest: Manifest):
+        self.path = path
+        self.manifest = manifest
+        self._journal = Journal(path / JOURNAL)
+        self._log = Journal(path / BUILD_LOG)
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        identity: Identity,
+        ranges: Sequence[PlannedRange],
+        *,
+        info: StoreInfo | None = None,
+    ) -> Self:
+        """Begin a datastore in the directory ``path`` or continue the one that is there.
+
+        A complete store of the same identity and plan opens with nothing pending, so that the
+        command that built it can be repeated.
+
+        Args:
+            path: a new or empty directory, or one that this build began.
+            identity: what the bytes depend on.
+            ranges: the plan, the same for every worker.
+            info: what else the store says about itself; of the first run when continuing.
+
+        Raises:
+            FingerprintError: if the directory holds a store of another identity or plan.
+            StoreError: if the directory holds other files, a newer format, or cannot be written.
+            InputError: if the ranges do not follow one another.
+        """
+        path = Path(path)
+        fresh = Manifest(identity, info or StoreInfo(), tuple(ranges))
+        _make_directory(path)
+        if (path / MANIFEST).exists():
+            # A store that is there is compared before anything of ours is put beside it.
+            manifest = read_manifest(path)
+            _check_same(path, manifest, fresh)
+            if manifest.complete:
+                writer = cls(path, manifest)
+                writer._tidy()
+                return writer
+        try:
+            with _lock(path, "store").acquire(timeout=_OPEN_SECONDS):
+                if (path / MANIFEST).exists():
+                    manifest = read_manifest(path)
+                    _check_same(path, manifest, fresh)
+                else:
+                    manifest = fresh
+                    write_manifest(path, fresh)
+        except Timeout as error:
+            raise StoreError(
+                f"{path} is locked by another process for over {_OPEN_SECONDS:.0f} seconds; "
+                "wait for it or end it, then run the same command again"
+            ) from error
+        except OSError as error:
+            raise _not_writable(path, error) from error
+        writer = cls(path, manifest)
+        writer._note("open", pending=len(writer.pending()))
+        return writer
+
+    @property
+    def complete(self) -> bool:
+        """Whether the store was complete when opened, or has been finalized here."""
+        return self.manifest.complete
+
+    def pending(self) -> list[int]:
+        """Numbers of the ranges that are not finished, ascending.
+
+        A range counts as finished when the journal has a line for it that fits the plan and its
+        files have the sizes the line says.
+        """
+        # The journal goes away after the manifest is complete, so it has to be read first.
+        finished = self._finished()
+        if self._completed_elsewhere():
+            return []
+        return [number for number in range(len(self.manifest.ranges)) if number not in finished]
+
+    def finished_rows(self) -> int:
+        """Entries in finished ranges, to start a progress bar from."""
+        left = sum(self.manifest.ranges[number].rows for number in self.pending())
+        return len(self.manifest) - left
+
+    @contextlib.contextmanager
+    def claim(self, number: int) -> Iterator[bool]:
+        """Hold a range for the block, without waiting.
+
+        Yields:
+            True if the range is ours to do; False if another worker holds it or has finished it.
+            The kernel releases the claim when the process dies.
+
+        Raises:
+            InputError: if there is no such range.
+            StoreError: if the lock cannot be written.
+        """
+        self._check_number(number)
+        try:
+            if self._completed_elsewhere():
+                yield False
+                return
+            lock = _lock(self.path, f"range-{number:05d}")
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        except OSError as error:
+            if not self._completed_elsewhere():  # else the locks went away with the last range
+                raise _not_writable(self.path, error) from error
+            yield False
+            return
+        try:
+            # Another worker may have finished the range, or the store, before the lock was ours.
+            mine = number not in self._finished([number]) and not self._completed_elsewhere()
+            if mine:
+                self._remove_leftovers(number)
+            yield mine
+        finally:
+            lock.release()
+            if self._completed_elsewhere():
+                self._tidy()  # our lock file came after the other worker removed them
+
+    def write(
+        self,
+        number: int,
+        keys: Column,
+        values: Column,
+        documents: Column | None = None,
+        positions: Column | None = None,
+    ) -> None:
+        """Write the entries of one range; on return they are on disk for good.
+
+        Args:
+            number: of the planned range.
+            keys: ``(rows, dim)`` floating point, converted to the store's dtype.
+            values: ``(rows,)`` integers, the token that followed each key.
+            documents: ``(rows,)`` integers, the document of that token.
+            positions: ``(rows,)`` integers, the place of that token in its document.
+
+        Raises:
+            InputError: if shapes do not fit the plan, keys are not finite in the store's dtype, or
+                integers are negative or too large.
+            StoreError: if the disk refuses, or the store is complete.
+        """
+        self._check_number(number)
+        if self.complete:
+            raise StoreError(f"the datastore {self.path} is complete; its ranges cannot be written")
+        planned = self.manifest.ranges[number]
+        identity = self.manifest.identity
+        where = f"range {number}"
+        tensors = [
+            {"keys": stored_keys(f"keys of {where}", keys, planned.rows, identity)},
+            {
+                "values": stored_integers(
+                    f"values of {where}", values, planned.rows, self.manifest.info.vocab_size
+                )
+            },
+        ]
+        if self.manifest.info.places:
+            if documents is None or positions is None:
+                raise InputError(
+                    f"{where} must come with documents and positions, got none; to leave them out, "
+                    "open the store with places=False"
+                )
+            tensors.append(
+                {
+                    "document": stored_integers(f"documents of {where}", documents, planned.rows),
+                    "position": stored_integers(f"positions of {where}", positions, planned.rows),
+                }
+            )
+        else:
+            check(
+                documents is None and positions is None,
+                f"{where} must come without documents and positions, as the store was opened with "
+                "places=False",
+            )
+        sizes, checksums = {}, {}
+        names = shard_files(number, places=self.manifest.info.places)
+        for name, content in zip(names, tensors, strict=True):
+            data = save(content)
+            write_atomic(self.path / name, lambda file, data=data: file.write(data))
+            sizes[name] = len(data)
+            checksums[name] = f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+        self._journal.append(ShardRecord(number, planned.rows, sizes, checksums).to_dict())
+        self._note("range", number=number, rows=planned.rows)
+
+    def finalize(self) -> Datastore:
+        """Turn the finished ranges into a complete store and open it.
+
+        Any worker may call it, also several at once or again.
+
+        Raises:
+            StoreError: if ranges are pending, or the disk refuses.
+            CorruptStoreError: if a file of a complete store was damaged.
+        """
+        if not self.complete:
+            try:
+                with _lock(self.path, "store").acquire(timeout=_OPEN_SECONDS):
+                    self._complete()
+            except Timeout as error:
+                raise StoreError(
+                    f"{self.path} is locked by another process for over {_OPEN_SECONDS:.0f} "
+                    "seconds; wait for it or end it, then run the same command again"
+                ) from error
+            except OSError as error:
+                if not self._completed_elsewhere():
+                    raise _not_writable(self.path, error) from error
+                self.manifest = read_manifest(self.path)
+            self._tidy()
+        return Datastore.open(self.path)
+
+    def _completed_elsewhere(self) -> bool:
+        return self.complete or read_manifest(self.path).complete
+
+    def _complete(self) -> None:
+        manifest = read_manifest(self.path)
+        if not manifest.complete:
+            finished = self._finished()
+            left = [number for number in range(len(manifest.ranges)) if number not in finished]
+            if left:
+                shown = ", ".join(str(number) for number in left[:10])
+                raise StoreError(
+                    f"all {len(manifest.ranges)} ranges of {self.path} must be finished, but "
+                    f"{len(left)} are not ({shown}{', ...' if len(left) > 10 else ''}); run the "
+                    "same command again to continue"
+                )
+            shards = tuple(finished[number] for number in range(len(manifest.ranges)))
+            manifest = replace(manifest, shards=shards, complete=True)
+            with clean_temporaries(self.path):
+                write_manifest(self.path, manifest)
+            self._note("finalize", entries=len(manifest))
+        self.manifest = manifest
+
+    def _tidy(self) -> None:
+        """Remove what is only needed while building; a crash before it changes nothing."""
+        if not any((self.path / name).exists() for name in (JOURNAL, _LOCKS)):
+            return
+        try:
+            (self.path / JOURNAL).unlink(missing_ok=True)
+            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
+            sync_directory(self.path)
+        except OSError as error:
+            raise _not_writable(self.path, error) from error
+
+    def _finished(self, numbers: Sequence[int] | None = None) -> dict[int, ShardRecord]:
+        """Records of finished ranges, of all or of ``numbers`` only."""
+        ranges, places = self.manifest.ranges, self.manifest.info.places
+        finished = {}
+        for line in self._journal.read():
+            try:
+                record = ShardRecord.from_dict(line, places=places)
+            except InputError:
+                continue  # not a line of ours, or torn in a way that is still JSON
+            if record.number < len(ranges) and record.rows == ranges[record.number].rows:
+                finished[record.number] = record
+        return {
+            number: record
+            for number, record in finished.items()
+            if (numbers is None or number in numbers)
+            and not any(size_problem(self.path / name, size) for name, size in record.sizes.items())
+        }
+
+    def _remove_leftovers(self, number: int) -> None:
+        for name in shard_files(number, places=True):
+            for leftover in self.path.glob(f"{name}.*{TEMPORARY}"):
+                leftover.unlink(missing_ok=True)
+
+    def _check_number(self, number: int) -> None:
+        check(
+            0 <= number < len(self.manifest.ranges),
+            f"a range must lie between 0 and {len(self.manifest.ranges) - 1}, got {number}",
+        )
+
+    def _note(self, event: str, **details: Any) -> None:
+        self._log.append(
+            {
+                "event": event,
+                **details,
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "host": socket.gethostname(),
+                "process": os.getpid(),
+                **_versions(),
+            }
+        )
+
+
+def save_arrays(
+    path: str | Path,
+    keys: Column,
+    values: Column,
+    *,
+    documents: Column | None = None,
+    positions: Column | None = None,
+    model: str = "unknown",
+    model_hash: str | None = None,
+    tokenizer_hash: str | None = None,
+    tap: str = "unknown",
+    corpus_hash: str | None = None,
+    dtype: str | None = None,
+    metric: str = "l2",
+    vocab_size: int | None = None,
+    corpus: dict[str, Any] | None = None,
+    shard_rows: int = 1 << 20,
+) -> Datastore:
+    """Write entries that are already there as a datastore: importers and tests.
+
+    Interrupted, it continues where it was when called again with the same arrays.
+
+    Args:
+        path: a new or empty directory.
+        keys: ``(entries, dim)`` floating point; may be a memory map, read a shard at a time.
+        values: ``(entries,)`` integers, the token that followed each key.
+        documents: ``(entries,)`` integers or None; together with ``positions`` or not at all.
+        positions: ``(entries,)`` integers or None.
+        model: name for people.
+        model_hash: of the model that made the keys, None if unknown (then it cannot be checked).
+        tokenizer_hash: of its tokenizer, None if unknown.
+        tap: which tensor the keys are.
+        corpus_hash: of the text; None: that of the values, which stand for it.
+        dtype: number format on disk; None: that of ``keys``.
+        metric: how the keys are meant to be compared.
+        vocab_size: values must be below it; None: not checked.
+        corpus: informative description of the text.
+        shard_rows: entries per shard.
+
+    Raises:
+        InputError: if the arrays do not fit together or hold what a store refuses.
+        StoreError: if the directory holds a complete store or other files.
+        FingerprintError: if the directory holds the beginning of another store.
+    """
+    check(
+        keys.ndim == 2 and keys.shape[0] >= 1 and keys.shape[1] >= 1,
+        f"keys must have shape (entries, dim) with at least one entry, got {tuple(keys.shape)}",
+    )
+    check(
+        (documents is None) == (positions is None),
+        "documents and positions must be given together or not at all, got one of them",
+    )
+    check(shard_rows >= 1, f"shard_rows must be at least 1, got {shard_rows}")
+    count, dim = keys.shape
+    for label, column in (("values", values), ("documents", documents), ("positions", positions)):
+        check(
+            column is None or tuple(column.shape) == (count,),
+            f"{label} must have shape ({count},) like the keys, "
+            f"got {None if column is None else tuple(column.shape)}",
+        )
+    identity = Identity(
+        model=model,
+        model_hash=model_hash,
+        tokenizer_hash=tokenizer_hash,
+        tap=tap,
+        dim=dim,
+        dtype=dtype or str(keys.dtype).removeprefix("torch."),
+        corpus_hash=corpus_hash or integers_hash(values),
+    )
+    info = StoreInfo(
+        metric=metric, places=documents is not None, vocab_size=vocab_size, corpus=corpus or {}
+    )
+    ranges = [
+        PlannedRange(at, min(at + shard_rows, count), min(shard_rows, count - at))
+        for at in range(0, count, shard_rows)
+    ]
+    writer = StoreWriter.open(path, identity, ranges, info=info)
+    if writer.complete:
+        raise StoreError(
+            f"{path} already holds a complete datastore; open it, or choose another directory"
+        )
+    for number in writer.pending():
+        with writer.claim(number) as mine:
+            if mine:
+                part = slice(ranges[number].first_window, ranges[number].last_window)
+                writer.write(
+                    number,
+                    in_memory(keys[part]),
+                    in_memory(values[part]),
+                    None if documents is None else in_memory(documents[part]),
+                    None if positions is None else in_memory(positions[part]),
+                )
+    return writer.finalize()
+
+
+@lru_cache(maxsize=1)
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("memlm", "torch", "safetensors"):
+        with contextlib.suppress(PackageNotFoundError):  # memlm run from a folder has no version
+            found[name] = version(name)
+    return found
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        others = [
+            entry.name
+            for entry in path.iterdir()
+            if entry.name not in _OWN
+            and not entry.name.endswith(TEMPORARY)
+            and entry.name[0] != "."
+        ]
+    except OSError as error:
+        raise _not_writable(path, error) from error
+    if others and not (path / MANIFEST).exists():
+        raise StoreError(
+            f"{path} must be a new or empty directory, or a datastore begun by this command, but "
+            f"it holds {', '.join(sorted(others)[:3])}; choose another directory"
+        )
+
+
+def _check_same(path: Path, there: Manifest, here: Manifest) -> None:
+    if there.plan_fingerprint == here.plan_fingerprint:
+        return
+    differences = here.identity.differences(there.identity)
+    differences += [
+        f"{name} is {getattr(here.info, name)!r} here and {getattr(there.info, name)!r} there"
+        for name in ("metric", "places", "vocab_size")
+        if getattr(here.info, name) != getattr(there.info, name)
+    ]
+    if here.ranges != there.ranges:
+        differences.append(
+            f"the plan has {len(here.ranges)} ranges of {len(here)} entries here and "
+            f"{len(there.ranges)} of {len(there)} there"
+        )
+    raise FingerprintError(
+        f"{path} holds a datastore with fingerprint {there.plan_fingerprint}, but this run has "
+        f"{here.plan_fingerprint}: {'; '.join(differences)}; repeat the settings of the first run "
+        "or choose another directory"
+    )
+
+
+def _lock(path: Path, name: str) -> FileLock:
+    (path / _LOCKS).mkdir(exist_ok=True)
+    return FileLock(path / _LOCKS / f"{name}.lock")
+
+
+def _not_writable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} must be a directory that can be written ({error.strerror or error}); free space, "
+        "fix permissions or choose another directory, then run the same command to continue"
+    )
