@@ -1,0 +1,1 @@
+"""Nearest keys: exact search on torch, approximate search on FAISS, and what they cost."""

@@ -1,0 +1,1 @@
+"""Stores, indexes and explicit state become token memories."""

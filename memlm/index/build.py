@@ -1,0 +1,275 @@
+"""Build an index: plan, sample, train, add, measure, save; after a kill, continue.
+
+Training keys are a seeded sample without replacement, read in order (Johnson et al. 2017 train on
+a sample; kNN-LM uses a million). Keys are then added block by block. With a directory, the
+trained and partly filled index is kept beside the final name, so a build that dies goes on from
+the last saved block and ends with the same bytes.
+
+Differs from the papers' code: the sample is drawn by NumPy's current generator and sorted, so the
+centroids are not those of the original files.
+"""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.core.config import check
+from memlm.core.errors import CorruptStoreError, InputError
+from memlm.core.files import clean_temporaries, fingerprint, read_json, write_json
+from memlm.core.progress import bar
+from memlm.core.types import Index
+from memlm.index.exact import ExactIndex
+from memlm.index.keys import KeySource, as_keys, load_if_it_fits
+from memlm.index.metrics import prepare_keys
+from memlm.index.plan import IndexConfig, IndexPlan, plan_index
+from memlm.index.recall import measure_recall
+from memlm.index.record import RECORD_FILE, IndexRecord
+
+BUILDING_FILE = "building.faiss"
+BUILDING_RECORD = "building.json"
+_BLOCK_ROWS = 65_536
+# Keys between two saves of an unfinished index.
+_SAVE_EVERY = 10_000_000
+
+
+def build_index(
+    keys: Tensor | KeySource,
+    config: IndexConfig | None = None,
+    *,
+    directory: Path | None = None,
+    store_fingerprint: str | None = None,
+    queries: Tensor | None = None,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> Index:
+    """Index all keys.
+
+    Args:
+        keys: a datastore, another source of keys, or a tensor ``(entries, dim)``.
+        config: what to build; None: the defaults.
+        directory: where to save it and to continue an interrupted build; None: in memory only.
+        store_fingerprint: None: ``keys.fingerprint`` if there is one.
+        queries: ``(queries, dim)`` to measure the recall with; None: held keys.
+        threads: OpenMP threads of FAISS; None: as they are.
+        quiet: show no progress bar.
+
+    Returns:
+        An exact or a FAISS index. Departures from the config warn with a UserWarning.
+
+    Raises:
+        InputError: for no keys, an unknown factory, or zero keys under "cosine".
+        StoreError: if the directory cannot be written.
+    """
+    config = config or IndexConfig()
+    source = as_keys(keys)
+    if store_fingerprint is None:
+        store_fingerprint = str(getattr(keys, "fingerprint", ""))
+    plan = plan_index(len(source), source.dim, config)
+    for message in plan.warnings:
+        warnings.warn(message, UserWarning, stacklevel=2)
+    if plan.engine == "exact":
+        exact = ExactIndex(
+            load_if_it_fits(keys), config.metric, store_fingerprint=store_fingerprint
+        )
+        if directory is not None:
+            exact.save(Path(directory))
+        return exact
+
+    from memlm.index.faiss_index import FaissIndex, faiss_threads
+
+    with faiss_threads(threads):
+        raw = _Build(source, config, plan, directory, store_fingerprint, quiet).run()
+        record = IndexRecord(
+            engine="faiss",
+            metric=config.metric,
+            dim=source.dim,
+            entries=len(source),
+            store_fingerprint=store_fingerprint,
+            factory=plan.factory,
+            train_size=plan.train_size,
+            seed=config.seed,
+        )
+        index = FaissIndex(raw, config.metric, nprobe=config.nprobe, threads=threads, record=record)
+        if config.recall_queries:
+            recall = measure_recall(
+                index,
+                keys,
+                config.recall_k,
+                queries=queries,
+                count=config.recall_queries,
+                seed=config.seed,
+            )
+            index.record = replace(index.record, recall=recall.to_dict())
+    if directory is not None:
+        index.save(Path(directory))
+        for name in (BUILDING_FILE, BUILDING_RECORD):
+            (Path(directory) / name).unlink(missing_ok=True)
+    return index
+
+
+def load_index(
+    directory: Path,
+    keys: Tensor | KeySource | None = None,
+    *,
+    store_fingerprint: str | None = None,
+    nprobe: int | None = None,
+    threads: int | None = None,
+) -> Index:
+    """The index saved in ``directory``.
+
+    Args:
+        directory: with ``index.json``.
+        keys: of the store; exact search needs them, others only compare sizes.
+        store_fingerprint: of the store in use; None: ``keys.fingerprint`` if there is one.
+        nprobe: lists to visit, if other than as built; the measured recall is dropped then.
+        threads: OpenMP threads of a search.
+
+    Raises:
+        FingerprintError: if the index was built from another store.
+        CorruptStoreError: if a file is missing or was changed, or the sizes differ.
+        InputError: if an exact index is loaded without keys.
+    """
+    directory = Path(directory)
+    record = IndexRecord.read(directory)
+    if store_fingerprint is None:
+        store_fingerprint = str(getattr(keys, "fingerprint", ""))
+    record.check_store(store_fingerprint)
+    if keys is not None:
+        source = as_keys(keys)
+        if (len(source), source.dim) != (record.entries, record.dim):
+            raise CorruptStoreError(
+                f"the index in {directory} must hold the store's {len(source)} keys of "
+                f"{source.dim} dimensions but holds {record.entries} of {record.dim}; build it "
+                "again"
+            )
+    if record.engine == "exact":
+        if keys is None:
+            raise InputError(
+                f"the index in {directory} is exact search over the store's keys, which were not "
+                "given; pass keys=store"
+            )
+        keys = load_if_it_fits(keys)
+        return ExactIndex(keys, record.metric, store_fingerprint=record.store_fingerprint)
+
+    from memlm.index.faiss_index import FaissIndex
+
+    return FaissIndex.load(directory, nprobe=nprobe, threads=threads)
+
+
+def has_index(directory: Path) -> bool:
+    """Whether a finished index is saved in ``directory``."""
+    return (Path(directory) / RECORD_FILE).is_file()
+
+
+class _Build:
+    """One FAISS index from nothing, or from where the last attempt stopped, to full."""
+
+    def __init__(
+        self,
+        keys: KeySource,
+        config: IndexConfig,
+        plan: IndexPlan,
+        directory: Path | None,
+        store_fingerprint: str,
+        quiet: bool,
+    ):
+        import faiss
+
+        self.keys, self.config, self.plan, self.quiet = keys, config, plan, quiet
+        self.directory = None if directory is None else Path(directory)
+        self.metric = faiss.METRIC_L2 if config.metric == "l2" else faiss.METRIC_INNER_PRODUCT
+        self.identity = fingerprint(
+            {
+                "config": config.to_dict(),
+                "factory": plan.factory,
+                "keys": [len(keys), keys.dim, store_fingerprint],
+                "faiss": faiss.__version__,
+            }
+        )
+
+    def run(self) -> Any:
+        """The filled FAISS index."""
+        index = self._resume()
+        if index is None:
+            index = self._train()
+            self._keep(index)
+        done = saved = index.ntotal
+        with bar(
+            len(self.keys), label="index", unit="key", initial=done, quiet=self.quiet
+        ) as progress:
+            for start, block in self.keys.blocks(_BLOCK_ROWS):
+                if start < done:
+                    continue
+                index.add(self._prepare(block, start))
+                progress.update(len(block))
+                if index.ntotal - saved >= _SAVE_EVERY:
+                    saved = index.ntotal
+                    self._keep(index)
+        check(
+            index.ntotal == len(self.keys),
+            f"the source of keys must yield all {len(self.keys)} keys, got {index.ntotal}",
+        )
+        return index
+
+    def _train(self) -> Any:
+        import faiss
+        import numpy as np
+
+        index = faiss.index_factory(self.keys.dim, self.plan.factory, self.metric)
+        _seed(index, self.config.seed)
+        if not index.is_trained:
+            generator = np.random.default_rng(self.config.seed)
+            ids = generator.choice(len(self.keys), self.plan.train_size, replace=False)
+            ids.sort()
+            sample = np.empty((len(ids), self.keys.dim), np.float32)
+            for begin in range(0, len(ids), _BLOCK_ROWS):
+                part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
+                sample[begin : begin + len(part)] = self._prepare(self.keys.gather(part), None)
+            index.train(sample)
+        return index
+
+    def _prepare(self, block: Tensor, start: int | None) -> Any:
+        """Keys as FAISS takes them; a bad one is named by its number where that is known."""
+        return prepare_keys(block, self.config.metric, start).cpu().contiguous().numpy()
+
+    def _resume(self) -> Any | None:
+        """The unfinished index of an earlier attempt at the very same build, or None."""
+        if self.directory is None:
+            return None
+        self.directory.mkdir(parents=True, exist_ok=True)
+        record, file = self.directory / BUILDING_RECORD, self.directory / BUILDING_FILE
+        with clean_temporaries(self.directory):
+            try:
+                same = read_json(record)["identity"] == self.identity
+            except (CorruptStoreError, KeyError):
+                same = False
+        if same and file.exists():
+            from memlm.index.faiss_index import read_faiss
+
+            return read_faiss(file)
+        file.unlink(missing_ok=True)
+        write_json(record, {"identity": self.identity})
+        return None
+
+    def _keep(self, index: Any) -> None:
+        if self.directory is not None:
+            from memlm.index.faiss_index import write_faiss
+
+            write_faiss(index, self.directory / BUILDING_FILE)
+
+
+def _seed(index: Any, seed: int) -> None:
+    """Seed the clusterings of an index, whatever wraps it."""
+    import faiss
+
+    index = faiss.downcast_index(index)
+    lists = faiss.try_extract_index_ivf(index)
+    if lists is not None:
+        lists.cp.seed = seed
+        index = faiss.downcast_index(lists)
+    if hasattr(index, "pq"):
+        index.pq.cp.seed = seed

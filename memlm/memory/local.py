@@ -1,0 +1,182 @@
+"""The local memory: what followed similar hidden states earlier in this very text.
+
+    candidates of position t:  (h_i, x_{i+1}) for i < t,   score = sim(h_t, h_i) / temperature
+
+This is the continuous cache (Grave et al. 2017, eq. 3, sim = dot product and temperature = 1 /
+theta) and TRIME's local memory (Zhong et al. 2022, eq. 3, dot product and temperature =
+sqrt(dim)). It needs no datastore, and is the plainest memory with a state:
+
+    state = the tokens and hidden states seen so far, per row
+
+so beams copy rows, taking back tokens cuts the end, and `read` looks at the last `size` pairs. The
+state grows with the text like the model's own key-value cache, one hidden state per token, because
+only then can any number of tokens be taken back.
+
+Differs from the papers' code: a row without a past has no candidate, instead of a zero key.
+"""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm.core.config import Config, check
+from memlm.core.types import Candidates, TargetPartial
+from memlm.index.metrics import METRICS, check_choice
+from memlm.memory.knn import check_temperature
+from memlm.memory.scores import similarity
+from memlm.ops.tokens import target_partial
+
+
+class LocalState(NamedTuple):
+    """What every row has seen.
+
+    Attributes:
+        tokens: ``(rows, length)`` int64.
+        keys: ``(rows, length, dim)`` hidden states at those tokens; dim is 0 before the first.
+        valid: ``(rows, length)`` bool, False on padding.
+    """
+
+    tokens: Tensor
+    keys: Tensor
+    valid: Tensor
+
+
+@dataclass(frozen=True)
+class LocalMemory(Config):
+    """The sequence's own past as candidates.
+
+    Attributes:
+        size: how many past pairs are candidates.
+        temperature: what scores are divided by.
+        metric: "ip" (both papers), "l2" or "cosine".
+    """
+
+    size: int = 512
+    temperature: float = 1.0
+    metric: str = "ip"
+
+    def __post_init__(self):
+        check(self.size >= 1, f"size must be at least 1, got {self.size}")
+        check_temperature(self.temperature)
+        check_choice("metric", self.metric, METRICS)
+
+    def init_state(self, rows: int) -> LocalState:
+        """Nothing seen yet."""
+        check(rows >= 1, f"rows must be at least 1, got {rows}")
+        return LocalState(
+            torch.empty(rows, 0, dtype=torch.int64),
+            torch.empty(rows, 0, 0),
+            torch.empty(rows, 0, dtype=torch.bool),
+        )
+
+    def observe(
+        self, tokens: Tensor, keys: Tensor, state: LocalState, valid: Tensor | None = None
+    ) -> LocalState:
+        """Append what came.
+
+        Args:
+            tokens: ``(rows, time)`` int64.
+            keys: ``(rows, time, dim)`` hidden states at them.
+            state: so far.
+            valid: ``(rows, time)`` bool, False on padding; None: all real.
+
+        Raises:
+            InputError: if shapes do not fit each other or the state.
+        """
+        rows, length = state.tokens.shape
+        dim = state.keys.shape[-1] if length else keys.shape[-1]
+        check(
+            tokens.shape == keys.shape[:2] and len(tokens) == rows and keys.shape[2:] == (dim,),
+            f"tokens (rows, time) and keys (rows, time, dim) must fit the state of {rows} rows"
+            f"{f' and {dim} dimensions' if length else ''}, got {tuple(tokens.shape)} and "
+            f"{tuple(keys.shape)}; make a new state for another batch",
+        )
+        if valid is None:
+            valid = torch.ones_like(tokens, dtype=torch.bool)
+        keys = keys.detach()
+        if length == 0:
+            return LocalState(tokens, keys, valid)
+        return LocalState(
+            torch.cat([state.tokens, tokens.to(state.tokens.device)], dim=1),
+            torch.cat([state.keys, keys.to(state.keys)], dim=1),
+            torch.cat([state.valid, valid.to(state.valid.device)], dim=1),
+        )
+
+    @torch.no_grad()
+    def read(self, query: Tensor, state: LocalState) -> tuple[Candidates, LocalState]:
+        """The last ``size`` pairs of every row.
+
+        Args:
+            query: ``(rows, dim)`` hidden states at the position observed last.
+            state: with that position observed.
+
+        Returns:
+            Candidates ``(rows, at most size)``, oldest first; ids are positions of the keys. One
+            column that is not valid if there is no pair yet.
+
+        Raises:
+            InputError: if the query does not fit the state.
+        """
+        rows, length = state.tokens.shape
+        first = max(0, length - 1 - self.size)
+        count = max(0, length - 1 - first)
+        if count == 0:
+            nothing = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
+            scores = torch.full_like(nothing, -torch.inf, dtype=torch.float32)
+            return Candidates(scores, nothing, nothing - 1, nothing.bool()), state
+        keys = state.keys[:, first : length - 1].to(query.device)
+        check(
+            query.shape == (rows, keys.shape[-1]),
+            f"queries must be ({rows}, {keys.shape[-1]}) like the state, got "
+            f"{tuple(query.shape)}; read with the rows that were observed",
+        )
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        scores = similarity(query.to(dtype), keys.to(dtype), self.metric) / self.temperature
+        tokens = state.tokens[:, first + 1 :].to(query.device)
+        valid = (state.valid[:, first:-1] & state.valid[:, first + 1 :]).to(query.device)
+        ids = torch.arange(first, length - 1, device=query.device).expand(rows, count)
+        return Candidates(scores, tokens, ids, valid), state
+
+    def score(
+        self, query: Tensor, targets: Tensor, state: LocalState
+    ) -> tuple[TargetPartial, LocalState]:
+        """The past's mass, and the part of it on known next tokens.
+
+        Args:
+            query: ``(rows, dim)``, as for ``read``.
+            targets: ``(rows,)`` int64.
+            state: as for ``read``.
+        """
+        candidates, state = self.read(query, state)
+        return target_partial(candidates, targets), state
+
+    def select_rows(self, state: LocalState, index: Tensor) -> LocalState:
+        """The state of the rows ``index``, copied or dropped."""
+        index = index.to(state.tokens.device)
+        return LocalState(*(part[index] for part in state))
+
+    def crop(self, state: LocalState, length: int) -> LocalState:
+        """The state after only the first ``length`` tokens.
+
+        Raises:
+            InputError: if fewer were observed.
+        """
+        seen = state.tokens.shape[1]
+        check(0 <= length <= seen, f"length must lie between 0 and {seen}, got {length}")
+        return LocalState(*(part[:, :length] for part in state))
+
+    def stats(self, state: LocalState) -> dict[str, Any]:
+        """Candidates of the next read."""
+        entries = min(self.size, max(0, state.tokens.shape[1] - 1))
+        return {"entries": entries, "searches_per_position": 0, "off": entries == 0}
+
+    def describe(self) -> dict[str, Any]:
+        """The settings."""
+        return {
+            "memory": "local",
+            "size": self.size,
+            "temperature": self.temperature,
+            "metric": self.metric,
+        }
