@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from memlm.core.errors import InputError
+from memlm.core.errors import FingerprintError, InputError
 from memlm.core.merges import Merge, Mixture
 from memlm.core.progress import bar
 from memlm.core.threads import torch_threads
@@ -39,7 +39,9 @@ from memlm.evaluation.passes import (
 from memlm.evaluation.result import DocumentSums, Evaluation, Seconds, WindowSums
 from memlm.models.fingerprint import model_hash
 from memlm.models.running import frozen
+from memlm.models.taps import TAP_NAMES
 from memlm.ops.merge import merge_target
+from memlm.store.reader import Datastore
 
 BATCH_TOKENS = 8192
 
@@ -99,6 +101,7 @@ def evaluate(
             tap=choose_tap(tap, memory),
             batch_tokens=batch_tokens,
         )
+        check_store(memory, model, plan)
         sums = _Sums(plan, keep_tokens)
         with bar(
             int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
@@ -112,7 +115,7 @@ def evaluate(
                         sums.empty += int(torch.isneginf(recalled.lse).sum())
                 sums.add(scored, log_probabilities(partial, scored, corpus))
                 shown.update(len(scored.places))
-        documents = sums.documents()
+        documents = document_sums(corpus, sums.nll, sums.tokens)
         protocol = protocol_of(plan, windows, documents, batch_tokens, memory, merge)
     if memory is not None:
         protocol["without_candidates"] = sums.empty
@@ -155,19 +158,26 @@ class _Sums:
             place = self.start[scored.windows] + scored.places - self.table.first[scored.windows]
             self.token_log_probabilities[place] = log_probability
 
-    def documents(self) -> DocumentSums:
-        corpus = self.corpus
-        lengths = np.diff(corpus.offsets)
-        begins = 0 if corpus.begin_token is None else np.minimum(lengths, 1)
-        return DocumentSums(
-            names=corpus.names,
-            nll=tuple(self.nll.tolist()),
-            tokens=tuple(self.tokens.tolist()),
-            unscored=tuple((lengths - begins - self.tokens).tolist()),
-            bytes=_sizes(corpus.text_bytes),
-            words=_sizes(corpus.text_words),
-            characters=_sizes(corpus.text_characters),
-        )
+
+def document_sums(corpus: TokenCorpus, nll: np.ndarray, tokens: np.ndarray) -> DocumentSums:
+    """Sums per document beside what the corpus knows of its text.
+
+    Args:
+        corpus: the tokens.
+        nll: ``(documents,)`` summed negative log-likelihood, nats.
+        tokens: ``(documents,)`` scored tokens.
+    """
+    lengths = np.diff(corpus.offsets)
+    begins = 0 if corpus.begin_token is None else np.minimum(lengths, 1)
+    return DocumentSums(
+        names=corpus.names,
+        nll=tuple(nll.tolist()),
+        tokens=tuple(tokens.tolist()),
+        unscored=tuple((lengths - begins - tokens).tolist()),
+        bytes=_sizes(corpus.text_bytes),
+        words=_sizes(corpus.text_words),
+        characters=_sizes(corpus.text_characters),
+    )
 
 
 def protocol_of(
@@ -217,8 +227,35 @@ def protocol_of(
 
 
 def choose_tap(tap: str, memory: TokenMemory | None) -> str:
-    """The tap's name: what was asked for, else what the memory's store was made with."""
+    """The tap's name: what was asked for, or what the memory's store was made with."""
+    store = getattr(memory, "store", None)
+    if tap == "auto" and isinstance(store, Datastore):
+        made_at = store.manifest.identity.tap
+        return made_at if made_at in TAP_NAMES else tap
     return tap
+
+
+def check_store(memory: TokenMemory | None, model: PreTrainedModel, plan: Pass) -> None:
+    """Refuse a memory whose store was made by another model or at another tap.
+
+    Raises:
+        FingerprintError: naming both.
+    """
+    store = getattr(memory, "store", None)
+    if not isinstance(store, Datastore):
+        return
+    made_by = store.manifest.identity
+    if made_by.model_hash is not None and made_by.model_hash != (mine := model_hash(model)):
+        raise FingerprintError(
+            f"the memory's store must come from the model that is evaluated, got a store of "
+            f"{made_by.model} ({made_by.model_hash}) for {model.config.name_or_path} ({mine}); "
+            "build a store with this model"
+        )
+    if made_by.tap in TAP_NAMES and made_by.tap != plan.tap.name:
+        raise FingerprintError(
+            f"queries must be read where the store's keys were, got tap {plan.tap.name!r} for a "
+            f"store of {made_by.tap!r}; pass tap={made_by.tap!r} or 'auto'"
+        )
 
 
 def model_identity(plan: Pass) -> dict[str, Any]:

@@ -16,6 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 OFF = "memory off"
+EXACT = "exact search"
+_SETTINGS = ("k", "size", "temperature")
 
 
 def protocol_line(protocol: Mapping[str, Any]) -> str:
@@ -55,8 +57,9 @@ def memory_line(
     """
     if memory is None or merge is None:
         return OFF
-    words = [str(memory.get("kind", "memory"))]
-    words += [f"{name}={memory[name]:g}" for name in ("k", "temperature") if _number(memory, name)]
+    words = [str(memory.get("memory", "of unknown kind"))]
+    words += [f"{name}={memory[name]:g}" for name in _SETTINGS if _number(memory, name)]
+    words += ["recomputed"] if memory.get("recompute") else []
     line = f"memory {' '.join(words)}, {recall_words(memory)}, {merge_words(merge)}"
     return f"{line}, {state}" if state else line
 
@@ -79,7 +82,7 @@ def recall_words(memory: Mapping[str, Any]) -> str:
     if not isinstance(index, Mapping):
         return "no index"
     if index.get("engine") == "exact":
-        return "exact search"
+        return EXACT
     name = index.get("factory") or index.get("engine") or "index"
     if isinstance(index.get("nprobe"), int):
         name = f"{name} nprobe={index['nprobe']}"

@@ -16,6 +16,8 @@ from memlm.core.errors import InputError
 from memlm.evaluation.protocol import memory_line
 from memlm.evaluation.result import Evaluation
 
+_COLUMNS = ("", "perplexity", "95% interval", "against first", "bits/byte", "per word", "tok/s")
+
 
 def report(evaluations: Mapping[str, Evaluation]) -> Group:
     """The table and its protocol lines, to print with rich.

@@ -50,7 +50,7 @@ class FixedMemory:
 
     def describe(self):
         index = {"engine": "exact", "metric": "l2"}
-        return {"kind": "fixed", "k": self.k, "temperature": self.temperature, "index": index}
+        return {"memory": "fixed", "k": self.k, "temperature": self.temperature, "index": index}
 
 
 class Past(NamedTuple):
@@ -97,4 +97,4 @@ class PastMemory:
         return {}
 
     def describe(self):
-        return {"kind": "past", "temperature": self.temperature}
+        return {"memory": "past", "temperature": self.temperature}

@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from memories import FixedMemory, PastMemory
 
+from evaluation.memories import FixedMemory, PastMemory
 from memlm.core.errors import InputError
 from memlm.core.merges import Mixture, Union
 from memlm.data.tokens import TokenCorpus

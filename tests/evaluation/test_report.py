@@ -1,9 +1,9 @@
 import dataclasses
 
 import pytest
-from memories import FixedMemory
-from test_perplexity import corpus_of
 
+from evaluation.memories import FixedMemory
+from evaluation.test_perplexity import corpus_of
 from memlm.core.errors import InputError
 from memlm.data.windows import SlidingWindows
 from memlm.evaluation.perplexity import evaluate

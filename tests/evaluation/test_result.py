@@ -145,7 +145,7 @@ def test_refusals(tmp_path):
         evaluation(tokens=(0, 0, 0))
 
 
-MEMORY = {"kind": "knn", "k": 64, "temperature": 2.5}
+MEMORY = {"memory": "knn", "k": 64, "temperature": 2.5}
 
 
 @pytest.mark.parametrize(
