@@ -66,3 +66,18 @@ def _threads_are_given_back():
     before = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == before, "a thread count was changed and not restored"
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A word-level tokenizer of a few dozen words, with an end-of-text token."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = "the cat sat on mat and dog log a story about memory it was told once more".split()
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *words])}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", eos_token="<eos>", pad_token="<eos>"
+    )

@@ -1,0 +1,35 @@
+"""Running a model only to read it: no gradients, no dropout, its state given back afterwards."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from transformers import PreTrainedModel
+
+from memlm.core.errors import InputError
+
+
+@contextmanager
+def frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and inference mode for the block; training mode comes back after it."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        model.train(training)
+
+
+def check_length(model: PreTrainedModel, longest: int) -> None:
+    """Refuse windows of more input tokens than the model has positions for.
+
+    Raises:
+        InputError: naming both numbers.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and longest > limit:
+        raise InputError(
+            f"windows must not be longer than the model's {limit} positions, got {longest} input "
+            "tokens; choose a smaller window length"
+        )
