@@ -45,11 +45,14 @@ def test_the_key_is_what_the_last_feed_forward_gets(family):
     handle.remove()
     assert not torch.allclose(moved, model(tokens).logits, atol=1e-3)
     # ... and there is no later one: the block's output minus its feed-forward is upstream of it.
-    assert module is [
-        part
-        for name, part in model.named_modules()
-        if name.endswith(tap.module.rsplit(".", 1)[1]) and f".{_last(model, tap)}." in name
-    ][-1]
+    assert (
+        module
+        is [
+            part
+            for name, part in model.named_modules()
+            if name.endswith(tap.module.rsplit(".", 1)[1]) and f".{_last(model, tap)}." in name
+        ][-1]
+    )
 
 
 def _last(model, tap) -> str:

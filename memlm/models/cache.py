@@ -1,0 +1,97 @@
+"""A key-value cache that carries a memory's state, so that beams, crops and copies take it along.
+
+``generate`` reorders, repeats and crops only what rides on the cache it was handed. A memory that
+remembers something per sequence (an automaton's pointers, a local memory's keys) therefore keeps
+its state here:
+
+    beam search          reorder_cache(rows)         -> memory.select_rows(state, rows)
+    assisted decoding    crop(-tokens)               -> memory.crop(state, positions left)
+    several returns      batch_repeat_interleave(n)  -> memory.select_rows(state, each row n times)
+
+The class shares the layers of the cache it is made around and adds nothing to them: keys and values
+stay where the model put them, and every kind of layer (dynamic, sliding, static, quantised) works.
+"""
+
+import copy
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, EncoderDecoderCache
+
+from memlm.core.errors import UnsupportedModelError
+from memlm.core.types import TokenMemory
+
+
+class MemoryCache(Cache):
+    """The layers of another cache, and the state of a memory beside them.
+
+    Attributes:
+        memory: whose state it is; shared by all copies of the cache.
+        state: what the memory made of the ``rows`` sequences so far.
+        rows: how many sequences there are (beams count).
+    """
+
+    memory: TokenMemory
+    state: Any
+    rows: int
+
+    def __init__(self, inner: Cache, memory: TokenMemory, state: Any, rows: int):
+        """Take over ``inner``'s layers.
+
+        Raises:
+            UnsupportedModelError: for an encoder-decoder cache.
+        """
+        if isinstance(inner, EncoderDecoderCache):
+            raise UnsupportedModelError(
+                "a memory rides on the cache of a decoder-only model, got an EncoderDecoderCache; "
+                "attach it to a causal language model"
+            )
+        # The same layer list and settings: both objects are views of one cache from now on.
+        self.__dict__.update(inner.__dict__)
+        self.memory = memory
+        self.state = state
+        self.rows = rows
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` continues what row ``beam_idx[i]`` was (beam search)."""
+        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` ``(rows,)``."""
+        super().batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, copies beside each other."""
+        super().batch_repeat_interleave(repeats)
+        self._select(torch.arange(self.rows).repeat_interleave(repeats))
+
+    def crop(self, *args: Any, **kwargs: Any) -> None:
+        """Take back positions; arguments as in ``transformers``' ``Cache.crop``."""
+        before = int(self.get_seq_length())
+        super().crop(*args, **kwargs)
+        if (after := int(self.get_seq_length())) != before:
+            self.state = self.memory.crop(self.state, after)
+
+    def reset(self) -> None:
+        """Forget everything, keep the allocated layers."""
+        super().reset()
+        self.state = self.memory.init_state(self.rows)
+
+    def stats(self) -> dict[str, Any]:
+        """The memory's figures for these sequences."""
+        return self.memory.stats(self.state)
+
+    def _select(self, index: Tensor) -> None:
+        self.state = self.memory.select_rows(self.state, index)
+        self.rows = len(index)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # A prompt's cache is copied to reuse it; the memory (a whole store) must not be.
+        memo[id(self.memory)] = self.memory
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return twin
