@@ -1,0 +1,81 @@
+"""memlm: language models that remember.
+
+Everything a user needs is here by name and loaded at first use, so that ``import memlm`` costs
+nothing:
+
+    store  = memlm.build_datastore(model, tokenizer, "my_docs/", out="stores/docs")
+    memory = memlm.KnnMemory(store, k=1024)
+    lm     = memlm.attach(model, memory, merge=memlm.Mixture(lam=0.25))
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from memlm.core.errors import MemlmError as MemlmError
+    from memlm.core.merges import Mixture as Mixture
+    from memlm.core.merges import Union as Union
+    from memlm.data.documents import Document as Document
+    from memlm.data.documents import read_documents as read_documents
+    from memlm.data.tokens import TokenCorpus as TokenCorpus
+    from memlm.data.tokens import tokenize as tokenize
+    from memlm.data.windows import BlockWindows as BlockWindows
+    from memlm.data.windows import SlidingWindows as SlidingWindows
+    from memlm.data.windows import StrideWindows as StrideWindows
+    from memlm.evaluation.perplexity import evaluate as evaluate
+    from memlm.evaluation.tune import tune as tune
+    from memlm.extract.build import build_datastore as build_datastore
+    from memlm.extract.config import ExtractionConfig as ExtractionConfig
+    from memlm.index.plan import IndexConfig as IndexConfig
+    from memlm.memory.knn import KnnMemory as KnnMemory
+    from memlm.memory.local import LocalMemory as LocalMemory
+    from memlm.methods.knn_lm import index_store as index_store
+    from memlm.methods.knn_lm import knn_lm as knn_lm
+    from memlm.models.attach import MemoryForCausalLM as MemoryForCausalLM
+    from memlm.models.attach import attach as attach
+    from memlm.store.reader import Datastore as Datastore
+    from memlm.training.causal_lm import TrainConfig as TrainConfig
+    from memlm.training.causal_lm import train_causal_lm as train_causal_lm
+    from memlm.training.tokenizer import train_tokenizer as train_tokenizer
+
+_HOME = {
+    "BlockWindows": "memlm.data.windows",
+    "Datastore": "memlm.store.reader",
+    "Document": "memlm.data.documents",
+    "ExtractionConfig": "memlm.extract.config",
+    "IndexConfig": "memlm.index.plan",
+    "KnnMemory": "memlm.memory.knn",
+    "LocalMemory": "memlm.memory.local",
+    "MemlmError": "memlm.core.errors",
+    "MemoryForCausalLM": "memlm.models.attach",
+    "Mixture": "memlm.core.merges",
+    "SlidingWindows": "memlm.data.windows",
+    "StrideWindows": "memlm.data.windows",
+    "TokenCorpus": "memlm.data.tokens",
+    "TrainConfig": "memlm.training.causal_lm",
+    "Union": "memlm.core.merges",
+    "attach": "memlm.models.attach",
+    "build_datastore": "memlm.extract.build",
+    "evaluate": "memlm.evaluation.perplexity",
+    "index_store": "memlm.methods.knn_lm",
+    "knn_lm": "memlm.methods.knn_lm",
+    "read_documents": "memlm.data.documents",
+    "tokenize": "memlm.data.tokens",
+    "train_causal_lm": "memlm.training.causal_lm",
+    "train_tokenizer": "memlm.training.tokenizer",
+    "tune": "memlm.evaluation.tune",
+}
+
+__all__ = ["__version__", *_HOME]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'memlm' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

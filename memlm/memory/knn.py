@@ -30,7 +30,7 @@ from memlm.core.types import Candidates, Index, TargetPartial
 from memlm.index.build import has_index, load_index
 from memlm.index.exact import ExactIndex
 from memlm.index.keys import KeySource, drop_own, held_keys, load_if_it_fits
-from memlm.index.metrics import check_k
+from memlm.index.metrics import check_choice, check_k
 from memlm.index.plan import EXACT_NUMBERS
 from memlm.memory.scores import similarity
 from memlm.ops.tokens import target_partial
@@ -93,8 +93,8 @@ class KnnMemory:
         store: a `Datastore`, or anything that offers what `Store` lists.
         k: neighbours per query; more than the store holds is clamped with a warning.
         temperature: above 0, or "auto" (see `KnnConfig`).
-        index: over the store's keys; "auto" takes the one saved in the store's directory, else
-            searches exactly, with a warning if the store is large.
+        index: over the store's keys; "exact" compares every key, with a warning if the store is
+            large; "auto" takes the index saved in the store's directory, else is "exact".
         recompute: exact scores of the found entries from the store's keys.
 
     Attributes:
@@ -122,8 +122,9 @@ class KnnMemory:
             "a kNN memory needs at least one entry, got an empty store; extract one first",
         )
         if isinstance(index, str):
-            check(index == "auto", f"index must be an index or 'auto', got '{index}'")
-            index = _saved_or_exact(store)
+            check_choice("index", index, ("auto", "exact"))
+            saved = _saved_index(store) if index == "auto" else None
+            index = _exact_index(store) if saved is None else saved
         _check_index(index, store)
         if k > len(store):
             warnings.warn(
@@ -136,6 +137,11 @@ class KnnMemory:
         self.k = min(k, len(store))
         self.recompute = recompute
         self._values = torch.as_tensor(store.values).reshape(-1)
+        check(
+            len(self._values) == len(store),
+            f"the store must have {len(store)} values, one per key, got {len(self._values)}; "
+            "extract it again",
+        )
         self.temperature = (
             typical_spread(index, store, self.k)
             if isinstance(temperature, str)
@@ -153,6 +159,16 @@ class KnnMemory:
             temperature=config.temperature,
             index=index,
             recompute=config.recompute,
+        )
+
+    def changed(self, k: int, temperature: float) -> "KnnMemory":
+        """The same store and index with other settings, e.g. those that `tune` found."""
+        return KnnMemory(
+            self.store,
+            k=k,
+            temperature=temperature,
+            index=self.index,
+            recompute=self.recompute,
         )
 
     def __len__(self) -> int:
@@ -272,14 +288,18 @@ def check_temperature(temperature: float) -> None:
     )
 
 
-def _saved_or_exact(store: Store) -> Index:
-    path = getattr(store, "path", None)
-    if path is not None and has_index(Path(path) / INDEX_DIRECTORY):
-        return load_index(Path(path) / INDEX_DIRECTORY, store, store_fingerprint=store.fingerprint)
+def _saved_index(store: Store) -> Index | None:
+    directory = Path(getattr(store, "path", "")) / INDEX_DIRECTORY
+    if not hasattr(store, "path") or not has_index(directory):
+        return None
+    return load_index(directory, store, store_fingerprint=store.fingerprint)
+
+
+def _exact_index(store: Store) -> Index:
     if len(store) * store.dim > EXACT_NUMBERS:
         milliseconds = 8 * len(store) * store.dim / EXACT_NUMBERS
         warnings.warn(
-            f"the store has no saved index, so all {len(store):,} keys are compared, about "
+            f"without an approximate index all {len(store):,} keys are compared, about "
             f"{milliseconds:.0f} ms per query on one core; build an index for faster, approximate "
             "search",
             UserWarning,

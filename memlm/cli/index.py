@@ -1,0 +1,71 @@
+"""``memlm index``: make a datastore searchable without reading every key."""
+
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from memlm.cli.options import show
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildIndex:
+    """Build a search index beside a datastore and measure how much of the truth it finds."""
+
+    store: Annotated[str, Positional, arg(metavar="STORE")]
+    """Directory of the datastore."""
+    type: Literal["auto", "ivfpq", "flat", "exact"] = "ivfpq"
+    """ivfpq: inverted lists of compressed keys (the papers'); flat: exact, FAISS; exact: exact, \
+torch, no file; auto: exact for small stores, else ivfpq."""
+    factory: str = ""
+    """A FAISS factory string such as "IVF1024,PQ32"; needs --type auto."""
+    lists: int = 4096
+    """Inverted lists; fewer for small stores."""
+    code_size: int = 64
+    """Bytes per compressed key."""
+    nprobe: int = 32
+    """Lists visited per query; more finds more and takes longer."""
+    train_size: int = 1_000_000
+    """Keys the index is trained on, at most."""
+    seed: int = 1
+    """Of the training sample."""
+    threads: int | None = None
+    """CPU threads (default: as FAISS chooses)."""
+    plan: bool = False
+    """Only say what would be built: sizes, memory, training points."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        """Plan, build, measure."""
+        from memlm.index.plan import IndexConfig, plan_index
+        from memlm.methods.knn_lm import index_store
+        from memlm.store.reader import Datastore
+
+        store = Datastore.open(self.store)
+        config = IndexConfig(
+            type="auto" if self.factory else self.type,
+            factory=self.factory,
+            metric=store.metric,
+            lists=self.lists,
+            code_size=self.code_size,
+            nprobe=self.nprobe,
+            train_size=self.train_size,
+            seed=self.seed,
+        )
+        plan = plan_index(len(store), store.dim, config)
+        if self.plan:
+            show(asdict(plan), "\n".join((plan.text, *plan.warnings)), as_json=self.json)
+            return 0
+        if not self.json:
+            show({}, plan.text, as_json=False)
+        described = index_store(store, config, threads=self.threads).describe()
+        recall = described.get("recall")
+        text = f"{store.path / 'index'}: {described.get('factory') or 'exact search'}"
+        if recall:
+            text += (
+                f", recall@{recall['k']} {recall['value']:.3f} "
+                f"on {recall['queries']} queries ({recall['source']})"
+            )
+        show(described, text, as_json=self.json)
+        return 0

@@ -1,0 +1,66 @@
+"""``memlm <verb>``: choose the verb, run it, turn errors into one line and an exit code.
+
+Exit codes: 0 done, 1 the check that was asked for found a problem, 2 a mistake in the command or
+its inputs, 130 interrupted. Verbs import what they need when they run, so help answers at once.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import tyro
+
+from memlm.cli.build import Build
+from memlm.cli.demo import Demo
+from memlm.cli.doctor import Doctor
+from memlm.cli.evaluate import Evaluate
+from memlm.cli.generate import Generate
+from memlm.cli.index import BuildIndex
+from memlm.cli.train import Train
+from memlm.cli.verify import Verify
+from memlm.core.errors import MemlmError
+
+_VERBS: dict[str, Any] = {
+    "demo": Demo,
+    "train": Train,
+    "build": Build,
+    "index": BuildIndex,
+    "evaluate": Evaluate,
+    "generate": Generate,
+    "verify": Verify,
+    "doctor": Doctor,
+}
+_DESCRIPTION = (
+    "Language models that remember: give a Hugging Face causal language model a datastore "
+    "(kNN-LM), measure it, generate with it."
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: without the program's name; None: the process's own.
+
+    Returns:
+        The exit code.
+    """
+    try:
+        verb = tyro.extras.subcommand_cli_from_dict(
+            _VERBS,
+            prog="memlm",
+            description=_DESCRIPTION,
+            args=None if arguments is None else list(arguments),
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+        return verb.run()
+    except MemlmError as error:
+        sys.stderr.write(f"memlm: error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("memlm: interrupted; run the same command again to continue\n")
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

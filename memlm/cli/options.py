@@ -1,0 +1,207 @@
+"""Options that several verbs share, with the few lines that turn each group into objects.
+
+Torch-free: heavy imports happen inside the methods, after the command line has been understood.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from memlm.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from memlm.core.merges import Merge
+    from memlm.data.tokens import TokenCorpus
+    from memlm.data.windows import Windows
+    from memlm.memory.knn import KnnMemory
+
+Protocol = Literal["sliding", "knn-transformers", "fairseq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """Which model, and where it runs."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """Folder or Hub id of a Hugging Face causal language model."""
+    device: str = "auto"
+    """Where it runs: "auto" takes the GPU if there is one, else the CPU."""
+    threads: int | None = None
+    """CPU threads (default: as torch chooses)."""
+
+    def load(self) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """The model, in the precision of its checkpoint, and its tokenizer.
+
+        Raises:
+            InputError: if either cannot be loaded.
+        """
+        return load_model(self.model, self.device), load_tokenizer(self.model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Which text, and how it is cut into windows."""
+
+    text: Annotated[str, Positional, arg(metavar="TEXT")]
+    """Folder, text file or .jsonl file (also .gz, .xz, .zst)."""
+    field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    separator: str | None = None
+    """Cut a text file into documents at this string, e.g. "<|endoftext|>" (default: one file is \
+one document)."""
+    limit: int | None = None
+    """Read only so many documents."""
+    protocol: Protocol = "sliding"
+    """How text is cut: "sliding" windows inside documents; "knn-transformers" strided blocks over \
+lines; "fairseq" blocks with a context window over lines."""
+    length: int | None = None
+    """Tokens the model reads at once (default: 512, or the model's positions if fewer; \
+knn-transformers: 1024)."""
+    stride: int | None = None
+    """Tokens scored by each window (default: half the length; fairseq: the length less the \
+context)."""
+    context: int = 0
+    """fairseq only: tokens of context before each block."""
+
+    def corpus(self, tokenizer: "PreTrainedTokenizerBase") -> "TokenCorpus":
+        """The text, tokenised as the protocol wants it."""
+        from memlm.data.documents import Document, read_documents
+        from memlm.data.tokens import tokenize
+
+        lines = self.protocol != "sliding"
+        documents = read_documents(
+            self.text,
+            text_field=self.field,
+            separator="\n" if lines else self.separator,
+            limit=self.limit,
+        )
+        if not lines:
+            return tokenize(documents, tokenizer)
+        if self.protocol == "fairseq":
+            # fairseq's stream begins with one end-of-sentence token
+            return tokenize([Document("start", ""), *documents], tokenizer, begin=False, end=True)
+        return tokenize(documents, tokenizer, begin=False, end=False)
+
+    def windows(self, model: "PreTrainedModel") -> "Windows":
+        """The windows of the protocol."""
+        from memlm.data.windows import BlockWindows, SlidingWindows, StrideWindows
+        from memlm.extract.build import default_windows
+
+        if self.protocol == "sliding":
+            length = self.length or default_windows(model).length
+            return SlidingWindows(length=length, stride=self.stride or max(1, length // 2))
+        if self.protocol == "knn-transformers":
+            block = self.length or 1024
+            return StrideWindows(block=block, stride=self.stride or max(1, block // 2))
+        block = self.stride or (self.length or 512) - self.context
+        return BlockWindows(block=block, context=self.context, unit="lines")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """Which datastore, and how it is consulted."""
+
+    store: str | None = None
+    """Directory of a datastore; without it the model stands alone."""
+    index: Literal["auto", "exact"] = "auto"
+    """Which index of the store to search: "auto" (the one built beside it, else exact) or \
+"exact"."""
+    k: int = 1024
+    """Neighbours per query."""
+    temperature: float | Literal["auto"] = 1.0
+    """Divides the neighbours' scores; larger is flatter. "auto": the median distance gap."""
+    lam: float = 0.25
+    """Weight of the memory in the mixture, from 0 to 1."""
+    recompute: bool = False
+    """Score the neighbours that an approximate index found by their exact distances."""
+
+    def memory(self) -> "tuple[KnnMemory | None, Merge | None]":
+        """The memory and its merge, or two Nones without a store."""
+        from memlm.core.merges import Mixture
+        from memlm.memory.knn import KnnMemory
+        from memlm.store.reader import Datastore
+
+        merge = Mixture(self.lam)
+        if self.store is None:
+            return None, None
+        memory = KnnMemory(
+            Datastore.open(self.store),
+            k=self.k,
+            temperature=self.temperature,
+            index=self.index,
+            recompute=self.recompute,
+        )
+        return memory, merge
+
+
+def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
+    """A causal language model in the precision of its checkpoint.
+
+    Raises:
+        InputError: if ``name`` is no model or the device is not there.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from transformers.utils.logging import disable_progress_bar
+
+    import memlm.models.attach  # noqa: F401  registers models with a memory
+
+    disable_progress_bar()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"the model must be a folder or Hub id of a causal language model, got {name!r}: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer that belongs to a model.
+
+    Raises:
+        InputError: if there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"the model's folder must hold a tokenizer, but {name!r} has none that loads: "
+            f"{_first_line(error)}"
+        ) from error
+
+
+def show(value: dict[str, Any], text: Any, *, as_json: bool) -> None:
+    """Print a result: machine-readable on request, else for a person."""
+    if as_json:
+        sys.stdout.write(json.dumps(value, indent=2) + "\n")
+        return
+    from rich.console import Console
+
+    Console(highlight=False).print(text)
+
+
+def write_result(path: str | None, value: dict[str, Any]) -> None:
+    """Keep a result as JSON if a path was given."""
+    if path is not None:
+        from memlm.core.files import write_json
+
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_json(target, value)
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,217 @@
+"""The whole journey on one page: text, tokenizer, model, datastore, index, numbers, words.
+
+Without arguments it needs nothing from outside: the text is the documentation that every Python
+installation carries, split by document, and a small Llama is trained on the spot. With a model and
+a folder of text it does the same for those, without the training.
+
+The datastore is built from the text the model was trained on (kNN-LM's first experiment,
+Khandelwal et al. 2020, section 4.1): what is measured is what explicit memory adds to the same
+data. lam and the temperature are chosen on development text, numbers are reported on test text.
+"""
+
+import hashlib
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memlm.core.files import write_json
+from memlm.data.documents import Document
+from memlm.data.python_library import python_library
+from memlm.data.tokens import tokenize
+from memlm.evaluation.perplexity import evaluate
+from memlm.evaluation.result import Evaluation
+from memlm.evaluation.tune import tune
+from memlm.extract.build import build_datastore, default_windows
+from memlm.extract.config import ExtractionConfig
+from memlm.index.plan import IndexConfig
+from memlm.memory.knn import KnnMemory
+from memlm.methods.knn_lm import index_store
+from memlm.models.attach import attach
+from memlm.store.reader import Datastore
+from memlm.training.causal_lm import train_causal_lm
+from memlm.training.config import TrainConfig
+from memlm.training.tokenizer import train_tokenizer
+
+NEIGHBOURS = 1024
+VOCABULARY = 4096
+
+Say = Callable[[str], None]
+
+
+class Splits(NamedTuple):
+    """Documents by what they are for; no document is in two."""
+
+    train: list[Document]
+    dev: list[Document]
+    test: list[Document]
+
+
+class Journey(NamedTuple):
+    """What the demo made and measured.
+
+    Attributes:
+        evaluations: by row name, on the test split.
+        completions: the prompt continued, by variant.
+        prompt: what was continued.
+        seconds: per stage.
+        out: directory with model, store, index and ``results.json``.
+    """
+
+    evaluations: dict[str, Evaluation]
+    completions: dict[str, str]
+    prompt: str
+    seconds: dict[str, float]
+    out: Path
+
+
+def split_documents(documents: Iterable[Document]) -> Splits:
+    """Split a user's documents by a hash of their name: 5 % dev, 10 % test, the rest train.
+
+    With fewer than three documents of their own kind a split may be empty; then the last
+    documents are moved there.
+    """
+    splits = Splits([], [], [])
+    for document in documents:
+        place = int(hashlib.sha256(document.name.encode()).hexdigest(), 16) % 100
+        splits[1 if place < 5 else 2 if place < 15 else 0].append(document)
+    for needy in (splits.test, splits.dev):
+        donor = max(splits, key=len)
+        if not needy and len(donor) > 1:
+            needy.append(donor.pop())
+    return splits
+
+
+def train_small_model(
+    splits: Splits, out: Path, seconds: float, threads: int | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A tokenizer and a small Llama for the training documents, within a time budget."""
+    tokenizer = train_tokenizer(splits.train, VOCABULARY, exact=False)
+    config = TrainConfig.preset("demo", max_seconds=seconds, threads=threads)
+    model = train_causal_lm(tokenize(splits.train, tokenizer), tokenizer, config, out / "model")
+    return model, tokenizer
+
+
+def journey(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    splits: Splits,
+    out: Path,
+    *,
+    prompt: str,
+    threads: int | None = None,
+    say: Say = lambda line: None,
+) -> Journey:
+    """Build the store, index it, tune on dev, measure on test, continue a prompt.
+
+    Args:
+        model: a causal language model.
+        tokenizer: its tokenizer.
+        splits: the store is made from ``train``; dev chooses settings; test is reported.
+        out: where store and results go.
+        prompt: to continue with and without memory.
+        threads: CPU threads.
+        say: told what happens, line by line.
+    """
+    seconds: dict[str, float] = {}
+    train, dev, test = (tokenize(documents, tokenizer) for documents in splits)
+    windows = default_windows(model)
+
+    with _timed(seconds, "store"):
+        store = build_datastore(
+            model,
+            None,
+            train,
+            out / "store",
+            windows=windows,
+            config=ExtractionConfig(threads=threads),
+        )
+    say(f"datastore: {len(store):,} entries of {store.dim} dimensions in {seconds['store']:.0f} s")
+
+    with _timed(seconds, "index"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the demo states the index it built
+        approximate = index_store(store, _index_config(store), threads=threads)
+    described = approximate.describe()
+    say(
+        f"index: {described['factory']}, recall@{described['recall']['k']} "
+        f"{described['recall']['value']:.2f}, in {seconds['index']:.0f} s"
+    )
+
+    exact = KnnMemory(store, k=min(NEIGHBOURS, len(store)), index="exact")
+    with _timed(seconds, "tune"):
+        chosen = tune(model, dev, windows, exact, threads=threads)
+    say(chosen.describe())
+    best = exact.changed(chosen.best.k, chosen.best.temperature)
+    memories = {
+        "kNN-LM, exact": best,
+        f"kNN-LM, {described['factory']}": KnnMemory(
+            store, k=best.k, temperature=best.temperature, index=approximate
+        ),
+    }
+
+    with _timed(seconds, "evaluate"):
+        evaluations = {"base": evaluate(model, test, windows, threads=threads)}
+        for name, memory in memories.items():
+            evaluations[name] = evaluate(
+                model, test, windows, memory=memory, merge=chosen.merge, threads=threads
+            )
+
+    with _timed(seconds, "generate"):
+        completions = {"without memory": complete(model, tokenizer, prompt)}
+        lm = attach(model, best, merge=chosen.merge)
+        completions["with memory"] = complete(lm, tokenizer, prompt)
+        lm.detach()
+
+    write_json(
+        out / "results.json",
+        {
+            "evaluations": {name: result.to_dict() for name, result in evaluations.items()},
+            "tuning": chosen.to_dict(),
+            "completions": completions,
+            "prompt": prompt,
+            "seconds": seconds,
+        },
+    )
+    return Journey(evaluations, completions, prompt, seconds, out)
+
+
+def complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int = 40) -> str:
+    """The likeliest continuation of ``prompt``, token by token."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    tokens = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=length,
+        do_sample=False,
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    return str(tokenizer.decode(tokens[0], skip_special_tokens=True))
+
+
+def library_splits() -> Splits:
+    """The documentation of this Python's standard library, split by document."""
+    return Splits(*python_library())
+
+
+def _index_config(store: Datastore) -> IndexConfig:
+    """The paper's preset at the store's scale: lists near 4 sqrt(N), half of the key per code."""
+    lists = max(1, round(4 * len(store) ** 0.5))
+    return IndexConfig(
+        type="ivfpq",
+        metric=store.metric,
+        lists=lists,
+        code_size=min(64, max(1, store.dim // 2)),
+        nprobe=32,
+        train_size=64 * lists,
+    )
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str):
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start

@@ -1,0 +1,188 @@
+"""Every verb in-process, on a tiny model and a few sentences."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from memlm.cli.main import main
+from memlm.testing.tiny import tiny_model
+
+SENTENCES = [
+    "the cat sat on the mat and the dog sat on the log",
+    "a story about memory : it was told once more",
+    "the dog sat on the mat and the story was told once more",
+]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tokenizer):
+    """A folder with model, text and a finished store."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model("llama").save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    (folder / "text").mkdir()
+    for number, sentence in enumerate(SENTENCES * 4):
+        (folder / "text" / f"{number}.txt").write_text(sentence)
+    (folder / "held-out.txt").write_text(" ".join(SENTENCES))
+    assert run("build", folder / "model", folder / "text", "--out", folder / "store") == 0
+    return folder
+
+
+def run(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
+
+
+def run_json(capsys, *arguments):
+    capsys.readouterr()
+    assert run(*arguments, "--json") == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_build_says_what_it_made_and_repeats_harmlessly(place, capsys):
+    arguments = ("build", place / "model", place / "text", "--out", place / "store")
+    first = run_json(capsys, *arguments)
+    assert first["entries"] > 100
+    assert first["tap"] == "ffn_input"
+    assert run_json(capsys, *arguments) == first
+    assert run(*arguments) == 0
+    assert "memlm evaluate" in capsys.readouterr().out
+
+
+def test_evaluate_prints_protocol_and_saves_everything(place, capsys):
+    store = ("--store", place / "store", "--k", 8)
+    saved = place / "runs" / "result.json"
+    text = place / "held-out.txt"
+    rows = run_json(capsys, "evaluate", place / "model", text, *store, "--save", saved)
+    assert set(rows) == {"base", "kNN-LM"}
+    assert rows["kNN-LM"]["perplexity"] < rows["base"]["perplexity"]
+    kept = json.loads(saved.read_text())
+    assert kept["kNN-LM"]["protocol"]["memory"]["k"] == 8
+    assert run("evaluate", place / "model", text, *store) == 0
+    shown = capsys.readouterr().out
+    assert "protocol" in shown
+    assert "sliding windows" in shown
+
+
+def test_tuning_chooses_on_other_text(place, capsys):
+    rows = run_json(
+        capsys,
+        "evaluate",
+        place / "model",
+        place / "held-out.txt",
+        *("--store", place / "store", "--k", 8, "--tune", place / "held-out.txt"),
+    )
+    assert rows["kNN-LM"]["perplexity"] <= rows["base"]["perplexity"]
+
+
+@pytest.mark.parametrize("protocol", ["knn-transformers", "fairseq"])
+def test_the_other_protocols_run(protocol, place, capsys):
+    lines = place / "lines.txt"
+    lines.write_text("\n".join(SENTENCES * 3))
+    arguments = ("evaluate", place / "model", lines, "--protocol", protocol, "--length", 16)
+    assert run(*arguments) == 0
+    assert protocol in capsys.readouterr().out
+
+
+def test_index_is_built_used_and_reported(place, capsys):
+    plan = run_json(capsys, "index", place / "store", "--type", "flat", "--plan")
+    assert plan["factory"] == "Flat"
+    described = run_json(capsys, "index", place / "store", "--type", "flat")
+    assert described["recall"]["value"] == pytest.approx(1.0)
+    text = place / "held-out.txt"
+    assert run("evaluate", place / "model", text, "--store", place / "store", "--k", 8) == 0
+    assert "recall" in capsys.readouterr().out
+    exact = ("--store", place / "store", "--k", 8, "--index", "exact")
+    assert run("evaluate", place / "model", text, *exact) == 0
+    assert "recall" not in capsys.readouterr().out
+
+
+def test_generate_with_and_without_memory(place, capsys):
+    texts = run_json(
+        capsys,
+        "generate",
+        place / "model",
+        "the cat sat on",
+        *("--store", place / "store", "--k", 8, "--lam", 1.0, "--compare"),
+        *("--max-new-tokens", 4),
+    )["texts"]
+    assert set(texts) == {"base", "kNN-LM"}
+    assert texts["kNN-LM"].startswith("the cat sat on the")
+    sample = ("generate", place / "model", "the cat", "--sample", "--seed", 3)
+    assert run(*sample) == 0
+    first = capsys.readouterr().out
+    assert run(*sample) == 0
+    assert capsys.readouterr().out == first
+
+
+def test_verify_says_sound_or_damaged(place, capsys, tmp_path):
+    import shutil
+
+    assert run("verify", place / "store") == 0
+    assert "sound" in capsys.readouterr().out
+    deep = ("--level", "deep", "--model", place / "model", "--text", place / "text")
+    assert run("verify", place / "store", *deep) == 0
+    assert "equal to the bit" in capsys.readouterr().out
+    shutil.copytree(place / "store", tmp_path / "bad")
+    file = tmp_path / "bad" / "keys-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(data)
+    assert run("verify", tmp_path / "bad") == 1
+    assert "was altered" in capsys.readouterr().out
+
+
+def test_doctor_is_well(capsys):
+    report = run_json(capsys, "doctor")
+    assert report["ok"]
+    assert {"index", "store", "threads"} <= {finding["name"] for finding in report["findings"]}
+
+
+def test_train_makes_a_model_that_builds(place, capsys, tmp_path):
+    plan = ("train", place / "text", "--out", tmp_path / "m", "--vocab-size", 300, "--plan")
+    assert "parameters" in run_json(capsys, *plan)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("build", "no-such-model", "TEXT", "--out", "OUT"), "must be a folder or Hub id"),
+        (("build", "MODEL", "no-such-text", "--out", "OUT"), "no-such-text"),
+        (("evaluate", "MODEL", "TEXT", "--store", "no-such-store"), "must exist"),
+        (("evaluate", "MODEL", "TEXT", "--store", "STORE", "--lam", 1.5), "between 0 and 1"),
+        (("evaluate", "MODEL", "TEXT", "--store", "STORE", "--k", 0), "k must be at least 1"),
+        (("verify", "STORE", "--level", "deep"), "give --model and --text"),
+        (("generate", "MODEL", ""), "prompt must not be empty"),
+    ],
+)
+def test_mistakes_exit_with_two_and_one_line(arguments, message, place, capsys, tmp_path):
+    names = {
+        "MODEL": place / "model",
+        "TEXT": place / "held-out.txt",
+        "STORE": place / "store",
+        "OUT": tmp_path / "out",
+    }
+    assert run(*(names.get(argument, argument) for argument in arguments)) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("memlm: error: ")
+    assert message in error
+
+
+def test_unknown_verbs_and_options_exit_with_two(capsys):
+    for arguments in (["biuld"], ["verify"], ["doctor", "--colour"]):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("verb", ["build", "evaluate", "demo"])
+def test_help_needs_no_heavy_module(verb):
+    code = (
+        "import sys\nfrom memlm.cli.main import main\n"
+        f"try: main(['{verb}', '--help'])\nexcept SystemExit: pass\n"
+        "sys.exit(len({'torch', 'transformers', 'faiss', 'datasets'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "usage: memlm" in done.stdout
