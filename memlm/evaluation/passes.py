@@ -6,9 +6,10 @@ go on: their final hidden states to the language-model head, in chunks, and thei
 memory. The (rows x vocabulary) logits of context tokens are never made.
 
 A memory without state answers all scored rows of a batch at once. A memory with state is walked
-through time: in every window it observes the context, then at each scored token it answers, and
-observes the token that really came. Its state begins empty in every window and ends with it, so the
-result does not depend on the batch.
+through time, window by window from its first token: it observes the token that really came, then
+answers, also at context tokens, where its answer is dropped. So it does what the model with the
+memory attached does in one forward pass over the window. Its state begins empty in every window and
+ends with it, and padding is never shown to it, so the result does not depend on the batch.
 """
 
 import time
@@ -184,27 +185,23 @@ def memory_partial(memory: TokenMemory, scored: Scored, table: WindowTable) -> T
 
 def _through_time(memory: TokenMemory, scored: Scored, table: WindowTable) -> TargetPartial:
     (input_ids, targets, numbers), states = scored.batch, scored.states
-    widths, before = table.inputs[numbers], (table.first - 1 - table.begin)[numbers]
+    widths = table.inputs[numbers]
+    # The longest windows come first, so that those that have ended are always the last rows.
+    rows = np.argsort(-widths, kind="stable")
+    chosen, state = torch.from_numpy(rows).to(targets.device), memory.init_state(len(rows))
     lse = torch.zeros(targets.shape, dtype=scored.base.lse.dtype, device=targets.device)
     target_lse = torch.zeros_like(lse)
-    # Windows with equally long context walk together; the longest come first, so that rows that
-    # have ended are always the last ones and padding is never shown to the memory.
-    for context in np.unique(before):
-        rows = np.flatnonzero(before == context)
-        rows = rows[np.argsort(-widths[rows], kind="stable")]
-        chosen = torch.from_numpy(rows).to(targets.device)
-        state, shown = memory.init_state(len(rows)), 0
-        for step in range(int(context), int(widths[rows[0]])):
-            alive = int((widths[rows] > step).sum())
-            if alive < len(chosen):
-                chosen = chosen[:alive]
-                state = memory.select_rows(state, torch.arange(alive, device=chosen.device))
-            new = slice(shown, step + 1)
-            state = memory.observe(input_ids[chosen, new], states[chosen, new], state)
-            partial, state = memory.score(states[chosen, step], targets[chosen, step], state)
-            lse[chosen, step] = partial.lse.to(lse)
-            target_lse[chosen, step] = partial.target_lse.to(lse)
-            shown = step + 1
+    for step in range(int(widths.max())):
+        alive = int((widths > step).sum())
+        if alive < len(chosen):
+            chosen = chosen[:alive]
+            state = memory.select_rows(state, torch.arange(alive, device=chosen.device))
+        here = slice(step, step + 1)
+        state = memory.observe(input_ids[chosen, here], states[chosen, here], state)
+        asked = targets[chosen, step].clamp(min=0)
+        partial, state = memory.score(states[chosen, step], asked, state)
+        lse[chosen, step] = partial.lse.to(lse)
+        target_lse[chosen, step] = partial.target_lse.to(lse)
     mask = targets != IGNORED
     return TargetPartial(lse[mask], target_lse[mask])
 

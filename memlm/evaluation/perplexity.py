@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from memlm.core.errors import FingerprintError, InputError
+from memlm.core.config import check
 from memlm.core.merges import Merge, Mixture
 from memlm.core.progress import bar
 from memlm.core.threads import torch_threads
@@ -37,11 +37,11 @@ from memlm.evaluation.passes import (
     plan_pass,
 )
 from memlm.evaluation.result import DocumentSums, Evaluation, Seconds, WindowSums
+from memlm.models.attach import MemoryForCausalLM
 from memlm.models.fingerprint import model_hash
+from memlm.models.match import check_match, stored_tap
 from memlm.models.running import frozen
-from memlm.models.taps import TAP_NAMES
 from memlm.ops.merge import merge_target
-from memlm.store.reader import Datastore
 
 BATCH_TOKENS = 8192
 
@@ -64,8 +64,8 @@ def evaluate(
     """Score every target of the windows once.
 
     Args:
-        model: causal language model on any one device; read in evaluation mode, given back as it
-            was.
+        model: causal language model on any one device, or one with a memory attached; read in
+            evaluation mode, given back as it was.
         corpus: tokens of the model's tokenizer.
         windows: the rule that cuts the corpus into windows.
         memory: read at the tap; None evaluates the model alone.
@@ -87,10 +87,17 @@ def evaluate(
         FingerprintError: if the memory's store was made by another model.
         UnsupportedModelError: if the model's head or tap cannot be reached.
     """
-    if memory is None and merge is not None:
-        raise InputError(
-            f"a merge needs a memory, got {merge!r} without one; pass memory=... or no merge"
+    if isinstance(model, MemoryForCausalLM):
+        check(
+            memory is None and merge is None and tap == "auto",
+            "a model with a memory attached brings its own memory, merge and tap, got others "
+            "beside it; pass them with model.detach()",
         )
+        model, memory, merge, tap = model.detach(), model.memory, model.merge, model.tap.name
+    check(
+        memory is not None or merge is None,
+        f"a merge needs a memory, got {merge!r} without one; pass memory=... or no merge",
+    )
     merge = Mixture() if merge is None and memory is not None else merge
     watch = Stopwatch(model.device)
     with frozen(model), torch_threads(threads), watch.measure("total"):
@@ -101,7 +108,8 @@ def evaluate(
             tap=choose_tap(tap, memory),
             batch_tokens=batch_tokens,
         )
-        check_store(memory, model, plan)
+        if memory is not None:
+            check_match(model, memory, plan.tap)
         sums = _Sums(plan, keep_tokens)
         with bar(
             int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
@@ -227,35 +235,8 @@ def protocol_of(
 
 
 def choose_tap(tap: str, memory: TokenMemory | None) -> str:
-    """The tap's name: what was asked for, or what the memory's store was made with."""
-    store = getattr(memory, "store", None)
-    if tap == "auto" and isinstance(store, Datastore):
-        made_at = store.manifest.identity.tap
-        return made_at if made_at in TAP_NAMES else tap
-    return tap
-
-
-def check_store(memory: TokenMemory | None, model: PreTrainedModel, plan: Pass) -> None:
-    """Refuse a memory whose store was made by another model or at another tap.
-
-    Raises:
-        FingerprintError: naming both.
-    """
-    store = getattr(memory, "store", None)
-    if not isinstance(store, Datastore):
-        return
-    made_by = store.manifest.identity
-    if made_by.model_hash is not None and made_by.model_hash != (mine := model_hash(model)):
-        raise FingerprintError(
-            f"the memory's store must come from the model that is evaluated, got a store of "
-            f"{made_by.model} ({made_by.model_hash}) for {model.config.name_or_path} ({mine}); "
-            "build a store with this model"
-        )
-    if made_by.tap in TAP_NAMES and made_by.tap != plan.tap.name:
-        raise FingerprintError(
-            f"queries must be read where the store's keys were, got tap {plan.tap.name!r} for a "
-            f"store of {made_by.tap!r}; pass tap={made_by.tap!r} or 'auto'"
-        )
+    """The tap's name: what was asked for, or where the memory's store says its keys were read."""
+    return (stored_tap(memory) if tap == "auto" and memory is not None else None) or tap
 
 
 def model_identity(plan: Pass) -> dict[str, Any]:

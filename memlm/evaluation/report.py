@@ -13,8 +13,9 @@ from rich.text import Text
 
 from memlm.core.config import check
 from memlm.core.errors import InputError
-from memlm.evaluation.protocol import memory_line
+from memlm.evaluation.protocol import memory_line, protocol_line
 from memlm.evaluation.result import Evaluation
+from memlm.evaluation.tune import Tuning
 
 _COLUMNS = ("", "perplexity", "95% interval", "against first", "bits/byte", "per word", "tok/s")
 
@@ -60,7 +61,9 @@ def report(evaluations: Mapping[str, Evaluation]) -> Group:
 def protocol_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
     """One line per shared protocol, then one per row for its memory; a single row gets one line."""
     if len(evaluations) == 1:
-        return [f"protocol: {evaluation.describe()}" for evaluation in evaluations.values()]
+        (evaluation,) = evaluations.values()
+        parts = _parts_line(evaluation)
+        return [f"protocol: {evaluation.describe()}", *([parts] if parts else [])]
     shared: dict[str, list[str]] = {}
     lines = []
     for name, evaluation in evaluations.items():
@@ -68,18 +71,57 @@ def protocol_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
         memory = memory_line(values["memory"], values["merge"], values["state"])
         shared.setdefault(evaluation.describe().removesuffix(f"; {memory}"), []).append(name)
         lines.append(f"{name}: {memory}")
+    for name, evaluation in evaluations.items():
+        if line := _parts_line(evaluation):
+            lines.append(f"{name}: {line}")
     for line, names in shared.items():
         everyone = "all" if len(names) == len(evaluations) else ", ".join(names)
         lines.insert(0, f"protocol ({everyone}): {line}")
     return lines
 
 
-def render(evaluations: Mapping[str, Evaluation], width: int = 120) -> str:
-    """The report as plain text of at most ``width`` columns."""
+def plain(shown: Group, width: int = 120) -> str:
+    """A report as plain text of at most ``width`` columns."""
     console = Console(width=width, color_system=None, force_terminal=False)
     with console.capture() as text:
-        console.print(report(evaluations))
+        console.print(shown)
     return text.get()
+
+
+def tuning_report(tuning: Tuning, best: int = 10) -> Group:
+    """The best settings of a tuning with its protocol, to print with rich.
+
+    Args:
+        tuning: the result of `memlm.evaluation.tune.tune`.
+        best: how many settings to list.
+
+    Raises:
+        InputError: if ``best`` is below 1.
+    """
+    check(best >= 1, f"best must be at least 1 setting, got {best}")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in ("lam", "temperature", "k", "perplexity", "against model alone"):
+        table.add_column(name, justify="right")
+    for trial in sorted(tuning.trials, key=lambda trial: trial.perplexity)[:best]:
+        table.add_row(
+            f"{trial.lam:g}",
+            f"{trial.temperature:g}",
+            f"{trial.k:,}",
+            _number(trial.perplexity),
+            f"x{trial.perplexity / tuning.base_perplexity:.4f}",
+        )
+    lines = (tuning.describe(), f"protocol: {protocol_line(tuning.protocol)}")
+    return Group(table, *(Text(line, style="dim") for line in lines))
+
+
+def _parts_line(evaluation: Evaluation) -> str:
+    """Which documents count per byte and per word, if not all that were scored."""
+    if evaluation.bits_per_byte is None and evaluation.word_perplexity is None:
+        return ""
+    scored, whole = evaluation.protocol["scored"]["documents"], evaluation.whole_documents
+    if whole == scored:
+        return ""
+    return f"bits per byte and per word over the {whole:,} of {scored:,} documents scored whole"
 
 
 def _against(evaluation: Evaluation, first: Evaluation) -> str:

@@ -291,11 +291,11 @@ class Evaluation(Config):
         """The headline numbers as plain JSON values; derived, so not read back."""
         interval = self.interval()
         return {
-            "perplexity": self.perplexity,
+            "perplexity": _finite(self.perplexity),
             "interval": "one document: no interval" if interval is None else interval._asdict(),
             "loss": self.loss,
             "bits_per_byte": self.bits_per_byte,
-            "word_perplexity": self.word_perplexity,
+            "word_perplexity": _finite(self.word_perplexity),
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_second,
         }
@@ -359,3 +359,8 @@ class Evaluation(Config):
 def _exponential(value: float) -> float:
     with np.errstate(over="ignore"):
         return float(np.exp(value))
+
+
+def _finite(value: float | None) -> float | None:
+    # JSON has no infinity.
+    return value if value is not None and np.isfinite(value) else None

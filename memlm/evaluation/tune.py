@@ -39,7 +39,6 @@ from memlm.data.windows import Windows
 from memlm.evaluation.passes import Pass, Stopwatch, log_probabilities, plan_pass
 from memlm.evaluation.perplexity import (
     BATCH_TOKENS,
-    check_store,
     choose_tap,
     document_sums,
     model_identity,
@@ -48,6 +47,8 @@ from memlm.evaluation.perplexity import (
 )
 from memlm.evaluation.protocol import EXACT, recall_words
 from memlm.evaluation.result import DocumentSums
+from memlm.models.attach import MemoryForCausalLM
+from memlm.models.match import check_match
 from memlm.models.running import frozen
 from memlm.ops.logsumexp import safe_logsumexp
 from memlm.ops.merge import mixture
@@ -205,6 +206,11 @@ def tune(
         InputError: for a memory with state or without temperature, a grid out of range, or more
             neighbours than ``most_bytes`` can hold; and as `evaluate`.
     """
+    check(
+        not isinstance(model, MemoryForCausalLM),
+        "tuning needs the model alone and the memory beside it, got a model with a memory "
+        "attached; pass model.detach() and model.memory",
+    )
     temperature = _tunable(memory)
     check(len(lams) > 0, "the grid must have at least one lam, got none")
     for lam in lams:
@@ -217,7 +223,7 @@ def tune(
             plan = plan_pass(
                 model, corpus, windows, tap=choose_tap(tap, memory), batch_tokens=batch_tokens
             )
-            check_store(memory, model, plan)
+            check_match(model, memory, plan.tap)
             kept = _gather(plan, memory, temperature, most_bytes, watch, progress)
         documents = _base_sums(plan, kept.base)
         with watch.measure("grid"):

@@ -14,6 +14,8 @@ from memlm.core.merges import Mixture, Union
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import BlockWindows, SlidingWindows, StrideWindows
 from memlm.evaluation.perplexity import evaluate
+from memlm.memory.local import LocalMemory
+from memlm.models.attach import attach
 from memlm.models.taps import capture, find_tap
 from memlm.testing.tiny import VOCABULARY, tiny_model, tiny_tokens
 
@@ -69,6 +71,7 @@ MEMORIES = [
     (FixedMemory(), Union()),
     (PastMemory(), Mixture(0.3)),
     (PastMemory(), Union()),
+    (LocalMemory(size=3, temperature=3.0), Mixture(0.3)),
 ]
 
 
@@ -216,6 +219,24 @@ def test_families(family):
     )
 
 
+def test_half_precision_sums_in_float32():
+    model, corpus, windows = tiny_model("llama"), corpus_of((64,)), SlidingWindows(16, 8)
+    full = evaluate(model, corpus, windows)
+    half = evaluate(model.to(torch.bfloat16), corpus, windows)
+    assert half.model["dtype"] == "bfloat16"
+    assert half.loss == pytest.approx(full.loss, rel=0.02)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("memory", [None, LocalMemory(temperature=3.0)])
+def test_cuda_equals_cpu(memory):
+    corpus, windows = corpus_of(), SlidingWindows(8, 3)
+    here = evaluate(tiny_model("llama"), corpus, windows, memory=memory)
+    there = evaluate(tiny_model("llama").cuda(), corpus, windows, memory=memory)
+    assert there.model["device"] == "cuda"
+    np.testing.assert_allclose(there.documents.nll, here.documents.nll, rtol=1e-4)
+
+
 def test_identity_and_versions(model):
     got = evaluate(model, corpus_of(), SlidingWindows(8, 3), threads=1)
     assert got.model["hash"].startswith("xxh3_128:")
@@ -226,6 +247,20 @@ def test_identity_and_versions(model):
     assert got.protocol["threads"] == 1
     assert 0 < got.seconds.model <= got.seconds.total
     assert got.tokens_per_second > 0
+
+
+@pytest.mark.parametrize("merge", [Mixture(0.4), Union()])
+@pytest.mark.parametrize("memory", [FixedMemory(), LocalMemory(size=6, temperature=3.0)])
+@torch.no_grad()
+def test_equals_the_loss_of_the_attached_model(model, memory, merge):
+    corpus, attached = corpus_of((20,)), attach(model, memory, merge)
+    got = evaluate(attached, corpus, SlidingWindows(19, 19))
+    tokens = torch.tensor(corpus.tokens).long()[None]
+    assert got.loss == pytest.approx(float(attached(tokens, labels=tokens).loss), rel=1e-5)
+    assert (
+        got.documents
+        == evaluate(model, corpus, SlidingWindows(19, 19), memory=memory, merge=merge).documents
+    )
 
 
 # -- refusals ------------------------------------------------------------------------------
@@ -251,6 +286,12 @@ def test_windows_longer_than_the_model(model):
 def test_a_merge_without_a_memory(model):
     with pytest.raises(InputError, match="a merge needs a memory"):
         evaluate(model, corpus_of(), SlidingWindows(8, 3), merge=Mixture(0.2))
+
+
+def test_a_second_memory(model):
+    attached = attach(model, FixedMemory())
+    with pytest.raises(InputError, match="brings its own memory"):
+        evaluate(attached, corpus_of(), SlidingWindows(8, 3), memory=FixedMemory())
 
 
 def test_losses_that_are_not_finite_name_the_document():

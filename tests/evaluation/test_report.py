@@ -7,8 +7,13 @@ from evaluation.test_perplexity import corpus_of
 from memlm.core.errors import InputError
 from memlm.data.windows import SlidingWindows
 from memlm.evaluation.perplexity import evaluate
-from memlm.evaluation.report import protocol_lines, render
+from memlm.evaluation.report import plain, protocol_lines, report, tuning_report
+from memlm.evaluation.tune import tune
 from memlm.testing.tiny import tiny_model
+
+
+def render(evaluations):
+    return plain(report(evaluations))
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +66,28 @@ def test_unknown_sizes_are_dashes(evaluations):
     )
     text = render({"x": dataclasses.replace(evaluations["model alone"], documents=known)})
     assert " - " not in text
+
+
+def test_documents_scored_in_part_are_named(evaluations):
+    alone = evaluations["model alone"]
+    sums = dataclasses.replace(alone.documents, bytes=(9,) * 4, unscored=(5, 1, 1, 1))
+    line = "bits per byte and per word over the 2 of 3 documents scored whole"
+    only = {"alone": dataclasses.replace(alone, documents=sums)}
+    assert protocol_lines(only)[1] == line
+    assert protocol_lines({**only, "b": alone})[-1] == f"alone: {line}"
+
+
+def test_tuning(evaluations):
+    tuning = tune(tiny_model("llama"), corpus_of(), SlidingWindows(8, 3), FixedMemory())
+    text = plain(tuning_report(tuning, best=3))
+    assert len(text.splitlines()) >= 1 + 3 + 2
+    first = text.splitlines()[1].split()
+    assert float(first[0]) == tuning.best.lam
+    assert first[3] == f"{tuning.best.perplexity:,.2f}"
+    assert "chosen on this text" in text
+    assert "exact search" in text
+    with pytest.raises(InputError, match="at least 1 setting, got 0"):
+        tuning_report(tuning, best=0)
 
 
 def test_nothing_to_report():

@@ -75,7 +75,9 @@ def test_unknown_sizes_give_no_number():
 
 def test_hardly_any_words_give_infinity_not_an_overflow():
     sums = DocumentSums(names=("a",), nll=(5000.0,), tokens=(900,), unscored=(1,), words=(1,))
-    assert evaluation(documents=sums).word_perplexity == np.inf
+    got = evaluation(documents=sums)
+    assert got.word_perplexity == np.inf
+    assert got.summary()["word_perplexity"] is None
 
 
 def test_trainer_perplexity_weighs_windows_not_tokens():

@@ -25,6 +25,7 @@ from memlm.evaluation.tune import (
 )
 from memlm.index.exact import ExactIndex
 from memlm.memory.knn import KnnMemory
+from memlm.models.attach import attach
 from memlm.models.fingerprint import model_hash
 from memlm.store.writer import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
@@ -207,6 +208,8 @@ def test_bad_input(model, options, message):
 def test_memories_that_cannot_be_tuned(model):
     with pytest.raises(InputError, match="must not carry state, but PastMemory does"):
         tune(model, corpus_of(), WINDOWS, PastMemory())
+    with pytest.raises(InputError, match=r"pass model.detach\(\) and model.memory"):
+        tune(attach(model, FixedMemory()), corpus_of(), WINDOWS, FixedMemory())
     untempered = FixedMemory()
     untempered.temperature = "auto"
     with pytest.raises(InputError, match="temperature, but FixedMemory has 'auto'"):
@@ -217,7 +220,9 @@ def test_a_store_of_another_model_or_tap(model, store):
     memory = KnnMemory(store, k=4)
     other = tiny_model("llama", seed=1)
     for run in (evaluate, tune):
-        with pytest.raises(FingerprintError, match="must come from the model that is evaluated"):
+        with pytest.raises(FingerprintError, match="was made by model xxh3_128"):
             run(other, corpus_of(), WINDOWS, memory=memory)
-        with pytest.raises(FingerprintError, match="got tap 'final' for a store of 'ffn_input'"):
+        with pytest.raises(
+            FingerprintError, match="holds keys read at tap 'ffn_input', got tap 'final'"
+        ):
             run(model, corpus_of(), WINDOWS, memory=memory, tap="final")
