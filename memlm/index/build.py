@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -204,7 +205,7 @@ class _Build:
             for start, block in self.keys.blocks(_BLOCK_ROWS):
                 if start < done:
                     continue
-                index.add(self._prepare(block, start))
+                self._add(index, block, start)
                 progress.update(len(block))
                 if index.ntotal - saved >= _SAVE_EVERY:
                     saved = index.ntotal
@@ -217,7 +218,6 @@ class _Build:
 
     def _train(self) -> Any:
         import faiss
-        import numpy as np
 
         index = faiss.index_factory(self.keys.dim, self.plan.factory, self.metric)
         _seed(index, self.config.seed)
@@ -231,6 +231,13 @@ class _Build:
                 sample[begin : begin + len(part)] = self._prepare(self.keys.gather(part), None)
             index.train(sample)
         return index
+
+    def _add(self, index: Any, block: Tensor, start: int) -> None:
+        keys = self._prepare(block, start)
+        if hasattr(index, "id_map"):  # FAISS wants ids spelled out there
+            index.add_with_ids(keys, np.arange(start, start + len(keys)))
+        else:
+            index.add(keys)
 
     def _prepare(self, block: Tensor, start: int | None) -> Any:
         """Keys as FAISS takes them; a bad one is named by its number where that is known."""
