@@ -1,0 +1,1 @@
+"""Training from scratch: tokenizers and small causal language models."""

@@ -1,0 +1,71 @@
+"""The chunked loss equals the plain one, with its gradients."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from memlm.training.loss import head_cross_entropy
+
+
+def reference(hidden, weight, targets):
+    return cross_entropy(linear(hidden, weight).double(), targets, reduction="sum")
+
+
+@pytest.mark.parametrize("rows", [1, 255, 256, 257, 700])
+@pytest.mark.parametrize("masked", [0.0, 0.4, 1.0])
+def test_equals_the_plain_loss_and_its_gradients(rows, masked):
+    torch.manual_seed(rows)
+    hidden = torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(31, 12, dtype=torch.float64, requires_grad=True)
+    targets = torch.randint(0, 31, (rows,)).masked_fill(torch.rand(rows) < masked, -100)
+    loss = head_cross_entropy(hidden, weight, targets)
+    expected = reference(hidden, weight, targets)
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-12)
+    ours = torch.autograd.grad(3 * loss, (hidden, weight))
+    theirs = torch.autograd.grad(3 * expected, (hidden, weight))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "weight", "both"])
+def test_gives_gradients_only_where_they_are_wanted(frozen):
+    torch.manual_seed(0)
+    hidden = torch.randn(9, 4, requires_grad=frozen == "weight")
+    weight = torch.randn(5, 4, requires_grad=frozen == "hidden")
+    targets = torch.randint(0, 5, (9,))
+    loss = head_cross_entropy(hidden, weight, targets)
+    torch.testing.assert_close(loss.double(), reference(hidden, weight, targets))
+    if frozen != "both":
+        loss.backward()
+        wanted = weight if frozen == "hidden" else hidden
+        expected = wanted.detach().clone().requires_grad_()
+        parts = (hidden.detach(), expected) if frozen == "hidden" else (expected, weight.detach())
+        reference(*parts, targets).backward()
+        torch.testing.assert_close(wanted.grad, expected.grad)
+
+
+def test_under_autocast_products_are_bfloat16_and_gradients_float32():
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 32, requires_grad=True)
+    weight = (torch.randn(64, 32) / 8).requires_grad_()
+    targets = torch.randint(0, 64, (300,))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head_cross_entropy(hidden, weight, targets)
+    expected = reference(hidden, weight, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() != expected.item()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-2, atol=0)
+    ours = torch.autograd.grad(loss, (hidden, weight))
+    theirs = torch.autograd.grad(expected, (hidden, weight))
+    for our, their in zip(ours, theirs, strict=True):
+        assert our.dtype == torch.float32
+        torch.testing.assert_close(our, their, rtol=0.05, atol=0.02 * float(their.abs().max()))
+
+
+def test_does_not_overflow():
+    hidden = torch.full((2, 1), 1e4, requires_grad=True)
+    weight = torch.tensor([[1.0], [-1.0]])
+    loss = head_cross_entropy(hidden, weight, torch.tensor([0, 0]))
+    loss.backward()
+    assert float(loss.detach()) == 0.0
+    assert torch.equal(hidden.grad, torch.zeros(2, 1))
