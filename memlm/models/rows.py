@@ -87,23 +87,28 @@ def walk_rows(
         the merged logits, and the state after the piece.
     """
     columns = list(logits.unbind(1))
+    wanted: dict[int, list[int]] = {}
+    for column, place in enumerate(kept):
+        wanted.setdefault(place, []).append(column)
+    host = None if valid is None else valid.cpu()
     spoke = False
     for time in range(tokens.shape[1]):
-        awake = None if valid is None else valid[:, time]
-        mask = {} if awake is None or bool(awake.all()) else {"valid": awake[:, None]}
         here = slice(time, time + 1)
+        padded = host is not None and not bool(host[:, time].all())
+        mask = {"valid": valid[:, here]} if padded else {}  # type: ignore[index]
         with torch.no_grad():
             state = memory.observe(tokens[:, here], keys[:, here].detach(), state, **mask)
-        if mask and not bool(mask["valid"].any()):
+        if padded and not bool(host[:, time].any()):  # type: ignore[index]
             continue
         candidates, state = _read(memory, keys[:, time], state, logits.device)
-        if mask:
-            candidates = candidates._replace(
-                valid=candidates.valid & mask["valid"].to(logits.device)
-            )
-        if time in kept and bool(candidates.valid.any()):
+        if time not in wanted:
+            continue
+        if padded:
+            awake = mask["valid"].to(logits.device)
+            candidates = candidates._replace(valid=candidates.valid & awake)
+        if bool(candidates.valid.any()):
             spoke = True
-            for column in (column for column, place in enumerate(kept) if place == time):
+            for column in wanted[time]:
                 columns[column] = merge_logits(merge, columns[column], candidates)
     if not spoke:
         return logits, state

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 from memlm.core.errors import InputError
 from memlm.core.merges import Mixture, Union
+from memlm.memory.local import LocalMemory
 from memlm.models import rows
 from memlm.models.attach import attach
 from memlm.models.cache import MemoryCache
@@ -73,7 +74,9 @@ def test_rows_without_candidates_keep_their_bits():
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "gpt_neox"])
-@pytest.mark.parametrize("memory", [Fixed(), Counter()], ids=["fixed", "counter"])
+@pytest.mark.parametrize(
+    "memory", [Fixed(), Counter(), LocalMemory(size=4)], ids=["fixed", "counter", "local"]
+)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_gives_the_numbers_of_single_rows(family, memory, side):
     lm, tokens, lengths = attach(tiny_model(family), memory), tiny_tokens(3, 9), [9, 4, 6]
@@ -84,7 +87,7 @@ def test_padding_gives_the_numbers_of_single_rows(family, memory, side):
         for row, length in enumerate(lengths):
             alone = lm(tokens[row : row + 1, :length]).logits[0]
             torch.testing.assert_close(got.logits[row][mask[row].bool()], alone, atol=1e-5, rtol=0)
-    if isinstance(got.past_key_values, MemoryCache):
+    if isinstance(memory, Counter):
         assert got.past_key_values.state.seen == tuple(
             tuple(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)
         )
@@ -101,7 +104,9 @@ def test_padding_is_not_searched():
     assert torch.equal(got[mask == 0], base[mask == 0])
 
 
-@pytest.mark.parametrize("memory", [Fixed(), Counter()], ids=["fixed", "counter"])
+@pytest.mark.parametrize(
+    "memory", [Fixed(), Counter(), LocalMemory(size=4)], ids=["fixed", "counter", "local"]
+)
 @pytest.mark.parametrize("pieces", [[1] * 9, [4, 1, 4], [8, 1]])
 def test_reading_in_pieces_equals_reading_at_once(memory, pieces):
     lm, tokens = attach(tiny_model(), memory), tiny_tokens(2, 9)
