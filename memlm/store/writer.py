@@ -27,18 +27,25 @@ from pathlib import Path
 from typing import Any, Self
 
 import xxhash
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from safetensors.torch import save
 
 from memlm.core.config import check
-from memlm.core.errors import FingerprintError, InputError, StoreError
+from memlm.core.errors import InputError, StoreError
 from memlm.core.files import TEMPORARY, clean_temporaries, sync_directory, write_atomic
 from memlm.core.journal import Journal
+from memlm.store.directory import (
+    LOCKS,
+    lock,
+    locked,
+    make_directory,
+    not_writable,
+    same_manifest,
+)
 from memlm.store.entries import Column, in_memory, integers_hash, stored_integers, stored_keys
 from memlm.store.manifest import (
     BUILD_LOG,
     JOURNAL,
-    MANIFEST,
     Identity,
     Manifest,
     PlannedRange,
@@ -49,10 +56,6 @@ from memlm.store.manifest import (
     write_manifest,
 )
 from memlm.store.reader import Datastore, size_problem
-
-_LOCKS = "locks"
-_OPEN_SECONDS = 60.0
-_OWN = (MANIFEST, JOURNAL, BUILD_LOG, _LOCKS)
 
 
 class StoreWriter:
@@ -96,32 +99,26 @@ class StoreWriter:
         """
         path = Path(path)
         fresh = Manifest(identity, info or StoreInfo(), tuple(ranges))
-        _make_directory(path)
-        if (path / MANIFEST).exists():
-            # A store that is there is compared before anything of ours is put beside it.
-            manifest = read_manifest(path)
-            _check_same(path, manifest, fresh)
-            if manifest.complete:
-                writer = cls(path, manifest)
-                writer._tidy()
-                return writer
-        try:
-            with _lock(path, "store").acquire(timeout=_OPEN_SECONDS):
-                if (path / MANIFEST).exists():
-                    manifest = read_manifest(path)
-                    _check_same(path, manifest, fresh)
-                else:
-                    manifest = fresh
-                    write_manifest(path, fresh)
-        except Timeout as error:
-            raise StoreError(
-                f"{path} is locked by another process for over {_OPEN_SECONDS:.0f} seconds; "
-                "wait for it or end it, then run the same command again"
-            ) from error
-        except OSError as error:
-            raise _not_writable(path, error) from error
+        make_directory(path)
+        # A store that is there is compared before anything of ours is put beside it.
+        manifest = same_manifest(path, fresh)
+        if manifest is None or not manifest.complete:
+            try:
+                with locked(path):
+                    manifest = same_manifest(path, fresh)
+                    if manifest is None:
+                        manifest = fresh
+                        write_manifest(path, fresh)
+            except StoreError:
+                manifest = same_manifest(path, fresh)
+                if manifest is None or not manifest.complete:
+                    raise
+                # Another worker has completed the store and removed the locks under our hands.
         writer = cls(path, manifest)
-        writer._note("open", pending=len(writer.pending()))
+        if manifest.complete:
+            writer._tidy()
+        else:
+            writer._note("open", pending=len(writer.pending()))
         return writer
 
     @property
@@ -163,14 +160,14 @@ class StoreWriter:
             if self._completed_elsewhere():
                 yield False
                 return
-            lock = _lock(self.path, f"range-{number:05d}")
-            lock.acquire(timeout=0)
+            held = lock(self.path, f"range-{number:05d}")
+            held.acquire(timeout=0)
         except Timeout:
             yield False
             return
         except OSError as error:
             if not self._completed_elsewhere():  # else the locks went away with the last range
-                raise _not_writable(self.path, error) from error
+                raise not_writable(self.path, error) from error
             yield False
             return
         try:
@@ -180,7 +177,7 @@ class StoreWriter:
                 self._remove_leftovers(number)
             yield mine
         finally:
-            lock.release()
+            held.release()
             if self._completed_elsewhere():
                 self._tidy()  # our lock file came after the other worker removed them
 
@@ -259,16 +256,11 @@ class StoreWriter:
         """
         if not self.complete:
             try:
-                with _lock(self.path, "store").acquire(timeout=_OPEN_SECONDS):
+                with locked(self.path):
                     self._complete()
-            except Timeout as error:
-                raise StoreError(
-                    f"{self.path} is locked by another process for over {_OPEN_SECONDS:.0f} "
-                    "seconds; wait for it or end it, then run the same command again"
-                ) from error
-            except OSError as error:
+            except StoreError:
                 if not self._completed_elsewhere():
-                    raise _not_writable(self.path, error) from error
+                    raise
                 self.manifest = read_manifest(self.path)
             self._tidy()
         return Datastore.open(self.path)
@@ -297,14 +289,14 @@ class StoreWriter:
 
     def _tidy(self) -> None:
         """Remove what is only needed while building; a crash before it changes nothing."""
-        if not any((self.path / name).exists() for name in (JOURNAL, _LOCKS)):
+        if not any((self.path / name).exists() for name in (JOURNAL, LOCKS)):
             return
         try:
             (self.path / JOURNAL).unlink(missing_ok=True)
-            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
+            shutil.rmtree(self.path / LOCKS, ignore_errors=True)
             sync_directory(self.path)
         except OSError as error:
-            raise _not_writable(self.path, error) from error
+            raise not_writable(self.path, error) from error
 
     def _finished(self, numbers: Sequence[int] | None = None) -> dict[int, ShardRecord]:
         """Records of finished ranges, of all or of ``numbers`` only."""
@@ -450,55 +442,3 @@ def _versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):  # memlm run from a folder has no version
             found[name] = version(name)
     return found
-
-
-def _make_directory(path: Path) -> None:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        others = [
-            entry.name
-            for entry in path.iterdir()
-            if entry.name not in _OWN
-            and not entry.name.endswith(TEMPORARY)
-            and entry.name[0] != "."
-        ]
-    except OSError as error:
-        raise _not_writable(path, error) from error
-    if others and not (path / MANIFEST).exists():
-        raise StoreError(
-            f"{path} must be a new or empty directory, or a datastore begun by this command, but "
-            f"it holds {', '.join(sorted(others)[:3])}; choose another directory"
-        )
-
-
-def _check_same(path: Path, there: Manifest, here: Manifest) -> None:
-    if there.plan_fingerprint == here.plan_fingerprint:
-        return
-    differences = here.identity.differences(there.identity)
-    differences += [
-        f"{name} is {getattr(here.info, name)!r} here and {getattr(there.info, name)!r} there"
-        for name in ("metric", "places", "vocab_size")
-        if getattr(here.info, name) != getattr(there.info, name)
-    ]
-    if here.ranges != there.ranges:
-        differences.append(
-            f"the plan has {len(here.ranges)} ranges of {len(here)} entries here and "
-            f"{len(there.ranges)} of {len(there)} there"
-        )
-    raise FingerprintError(
-        f"{path} holds a datastore with fingerprint {there.plan_fingerprint}, but this run has "
-        f"{here.plan_fingerprint}: {'; '.join(differences)}; repeat the settings of the first run "
-        "or choose another directory"
-    )
-
-
-def _lock(path: Path, name: str) -> FileLock:
-    (path / _LOCKS).mkdir(exist_ok=True)
-    return FileLock(path / _LOCKS / f"{name}.lock")
-
-
-def _not_writable(path: Path, error: OSError) -> StoreError:
-    return StoreError(
-        f"{path} must be a directory that can be written ({error.strerror or error}); free space, "
-        "fix permissions or choose another directory, then run the same command to continue"
-    )
