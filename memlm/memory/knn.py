@@ -69,14 +69,17 @@ class KnnConfig(Config):
         temperature: what scores are divided by; "auto": the median, over keys of the store, of
             nearest minus k-th nearest score, so that it follows the keys' scale.
         recompute: exact scores from the store's keys instead of the index's scores.
+        index: "exact", or "auto" for the index saved with the store if there is one.
     """
 
     k: int = 1024
     temperature: float | str = 1.0
     recompute: bool = False
+    index: str = "auto"
 
     def __post_init__(self):
         check_k(self.k)
+        check_choice("index", self.index, ("auto", "exact"))
         if isinstance(self.temperature, str):
             check(
                 self.temperature == "auto",
@@ -116,7 +119,13 @@ class KnnMemory:
         index: Index | str = "auto",
         recompute: bool = False,
     ):
-        self.config = KnnConfig(k=k, temperature=temperature, recompute=recompute)
+        choice = "exact" if isinstance(index, ExactIndex) else "auto"
+        self.config = KnnConfig(
+            k=k,
+            temperature=temperature,
+            recompute=recompute,
+            index=index if isinstance(index, str) else choice,
+        )
         check(
             len(store) > 0,
             "a kNN memory needs at least one entry, got an empty store; extract one first",
@@ -149,15 +158,13 @@ class KnnMemory:
         )
 
     @classmethod
-    def from_config(
-        cls, store: Store, config: KnnConfig, *, index: Index | str = "auto"
-    ) -> "KnnMemory":
+    def from_config(cls, store: Store, config: KnnConfig) -> "KnnMemory":
         """The memory with the settings ``config``."""
         return cls(
             store,
             k=config.k,
             temperature=config.temperature,
-            index=index,
+            index=config.index,
             recompute=config.recompute,
         )
 

@@ -11,14 +11,15 @@ from memlm.core.errors import InputError
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and inference mode for the block; training mode comes back after it."""
-    training = model.training
+    """Evaluation mode and inference mode for the block; every part's own mode comes back."""
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.inference_mode():
             yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
 
 
 def check_length(model: PreTrainedModel, longest: int) -> None:
