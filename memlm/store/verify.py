@@ -58,7 +58,8 @@ class VerifyReport:
 
     def describe(self) -> str:
         """The report as text: the verdict, what was checked, then problems and notes."""
-        verdict = "sound" if self.ok else f"{len(self.problems)} problems"
+        count = len(self.problems)
+        verdict = "sound" if self.ok else f"{count} problem{'s' if count > 1 else ''}"
         return "\n".join(
             [
                 f"{self.path}: {verdict}",

@@ -150,6 +150,14 @@ def test_block_windows_follow_the_published_loop(sizes, block, context, unit):
     ]
 
 
+@pytest.mark.parametrize("unit", ["stream", "lines", "line"])
+def test_the_leading_eos_of_fairseq_may_be_a_document_of_its_own(unit):
+    windows = BlockWindows(block=5, context=2, unit=unit)
+    joined, apart = corpus_of([1 + 4, 3, 6, 2]), corpus_of([1, 4, 3, 6, 2])
+    assert rows_of(windows.table(apart)) == rows_of(windows.table(joined))
+    assert (windows.table(apart).document == windows.table(joined).document + 1).all()
+
+
 def test_the_drawings_of_the_docstrings():
     assert rows_of(SlidingWindows(length=6, stride=3).table(corpus_of([11]))) == [
         (0, 1, 7),
