@@ -200,6 +200,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         if slices:
             kwargs["logits_to_keep"] = logits_to_keep
         state, walks = self._state(input_ids, past_key_values, use_cache)
+        kept = places(logits_to_keep, input_ids.shape[1]) if walks else []  # type: ignore[union-attr]
 
         with capture(self.base, self.tap) as seen:
             output = self.base(
@@ -223,7 +224,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                     input_ids,  # type: ignore[arg-type]  # _state saw to it
                     states,
                     valid,
-                    places(logits_to_keep, states.shape[1]),
+                    kept,
                     state,
                 )
                 values["past_key_values"] = self._carry(output.past_key_values, state, len(states))

@@ -41,7 +41,6 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "gpt2": _GPT2,
-    "gpt_bigcode": _GPT2,
     "gpt_neo": _GPT2,
     "gpt_neox": _LLAMA,
     "gptj": _GPT2,

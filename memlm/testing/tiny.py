@@ -69,7 +69,6 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     "gemma3_text": {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 4},
     "gpt2": _GPT,  # learnt positions, tied head
-    "gpt_bigcode": _GPT,
     "gpt_neo": {
         **_COMMON,
         "num_layers": 2,
