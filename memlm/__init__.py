@@ -68,7 +68,7 @@ _HOME = {
     "tune": "memlm.evaluation.tune",
 }
 
-__all__ = ["__version__", *_HOME]
+__all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

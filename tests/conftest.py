@@ -15,6 +15,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).parent
 BESIDE = HERE.parent.parent / "shared" / "golden"
+WORDS = "the cat sat on mat and dog log a story about memory it was told once more"
 SYSTEMS = ("retomaton", "trime", "retro", "tupe", "lminfinite")
 
 
@@ -74,8 +75,7 @@ def tokenizer():
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = "the cat sat on mat and dog log a story about memory it was told once more".split()
-    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *words])}
+    vocabulary = {word: number for number, word in enumerate(["<unk>", "<eos>", *WORDS.split()])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(

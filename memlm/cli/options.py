@@ -148,7 +148,6 @@ def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
     """
     import torch
     from transformers import AutoModelForCausalLM
-
     from transformers.utils.logging import disable_progress_bar
 
     import memlm.models.attach  # noqa: F401  registers models with a memory
@@ -157,7 +156,8 @@ def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype="auto").to(device).eval()
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
+        return model.to(device).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"the model must be a folder or Hub id of a causal language model, got {name!r}: "

@@ -4,6 +4,7 @@ The journal is the truth while something is being built. A crash can tear the la
 line was never finished, so it is dropped, and the next append starts on a line of its own.
 """
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -31,7 +32,9 @@ class Journal:
             descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
             try:
                 # The leading newline closes a line that an earlier crash may have torn.
-                os.write(descriptor, b"\n" + line + b"\n")
+                whole = b"\n" + line + b"\n"
+                if os.write(descriptor, whole) < len(whole):
+                    raise OSError(errno.ENOSPC, "the line was cut short")
                 os.fsync(descriptor)
             finally:
                 os.close(descriptor)

@@ -199,7 +199,7 @@ def extract_range(
     Raises:
         InputError: if the store was imported and says nothing of batches.
     """
-    if identity.batch_tokens is None:
+    if not identity.batch_tokens:
         raise InputError(
             "keys can only be computed as they were planned, but this store was imported and has "
             "no plan; build a store from the text instead"
