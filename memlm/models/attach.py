@@ -417,6 +417,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> Self:
         """Load what ``save_pretrained`` wrote, and check that the parts are the ones saved.
 
+        ``AutoModelForCausalLM.from_pretrained`` does the same once this module was imported.
+
         Args:
             pretrained_model_name_or_path: the directory.
             memory: a memory to use instead of loading the saved one; needed for memories that are

@@ -87,6 +87,8 @@ def test_padding_gives_the_numbers_of_single_rows(family, memory, side):
         for row, length in enumerate(lengths):
             alone = lm(tokens[row : row + 1, :length]).logits[0]
             torch.testing.assert_close(got.logits[row][mask[row].bool()], alone, atol=1e-5, rtol=0)
+        base = lm.base(padded, attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(got.logits[mask == 0], base[mask == 0])
     if isinstance(memory, Counter):
         assert got.past_key_values.state.seen == tuple(
             tuple(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)
