@@ -222,7 +222,9 @@ class KnnMemory:
         candidates, _ = self.read(query)
         return target_partial(candidates, targets.reshape(-1)), None
 
-    def observe(self, tokens: Tensor, keys: Tensor, state: None = None) -> None:
+    def observe(
+        self, tokens: Tensor, keys: Tensor, state: None = None, valid: Tensor | None = None
+    ) -> None:
         """Nothing: the store does not change."""
 
     def select_rows(self, state: None, index: Tensor) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import warnings
+from dataclasses import replace
 
 import faiss
 import pytest
@@ -277,10 +278,12 @@ def test_a_full_disk_leaves_no_half_index(tmp_path, monkeypatch, call):
 
     for step in range(12):
         fails_from[0] = step
+        # Every attempt would write other bytes, so an old record never fits a new file.
+        config = replace(SMALL, seed=step + 2)
         with monkeypatch.context() as patch:
             patch.setattr(f"os.{call}", counted)
             try:
-                build_index(STORE, SMALL, directory=tmp_path, quiet=True)
+                build_index(STORE, config, directory=tmp_path, quiet=True)
             except StoreError as error:
                 assert "No space left" in str(error)  # noqa: PT017
             else:
@@ -291,7 +294,7 @@ def test_a_full_disk_leaves_no_half_index(tmp_path, monkeypatch, call):
     assert not list(tmp_path.glob("*.tmp"))
     same(
         load_index(tmp_path, STORE).search(QUERIES, 5),
-        build_index(STORE, SMALL, quiet=True).search(QUERIES, 5),
+        build_index(STORE, config, quiet=True).search(QUERIES, 5),
     )
 
 

@@ -158,3 +158,14 @@ def test_describe_says_that_nothing_is_missed():
     assert described["engine"] == "exact"
     assert described["metric"] == "ip"
     assert described["recall"]["value"] == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", ["l2", "ip", "cosine"])
+def test_keys_on_a_gpu(metric):
+    keys, queries = normal(300_000, 64, seed=1, dtype=torch.float16), normal(2500, 64, seed=2)
+    wanted = ExactIndex(keys, metric).search(queries, 100)
+    found = ExactIndex(keys.cuda(), metric).search(queries.cuda(), 100)
+    assert found.ids.is_cuda
+    assert_close(found.scores.cpu(), wanted.scores, rtol=1e-4, atol=1e-4)
+    assert (found.ids.cpu() == wanted.ids).float().mean() > 0.999

@@ -92,6 +92,20 @@ def test_returned_ties_are_ordered_by_id():
         assert (found.ids[:, 1:] > found.ids[:, :-1])[tied & (found.ids[:, 1:] >= 0)].all()
 
 
+def test_ties_that_faiss_returns_in_another_order_are_ordered():
+    index = built("Flat")
+
+    class Disordered:
+        def search(self, queries, k):
+            distances = np.array([[1.0, 2.0, 2.0, 2.0, 3e38]], np.float32)
+            return distances, np.array([[9, 8, 3, 5, -1]])
+
+    index._index = Disordered()
+    found = index.search(QUERIES[:1], 5)
+    assert found.ids.tolist() == [[9, 3, 5, 8, -1]]
+    assert found.scores.tolist() == [[-1.0, -2.0, -2.0, -2.0, -np.inf]]
+
+
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat", "SQ8", "IVF8,PQ4x4", "OPQ4,IVF8,PQ4x4"])
 def test_reconstruct_decodes_what_search_compared(factory):
     index = built(factory)

@@ -1,0 +1,304 @@
+"""Clusters of keys: the states of RetoMaton's automaton (Alon et al. 2022, section 3.3).
+
+Entries whose keys lie close together continue alike, so they are joined into one state and share
+their pointers. The states are k-means clusters: centroids are trained on a seeded sample, then
+every entry goes to its nearest centroid,
+
+    cluster(e) = argmin_c |key_e - centroid_c|^2             (ties: the lower cluster)
+
+Rule of thumb: one cluster per 100 entries (the paper: a million for the 103 million entries of
+WikiText-103).
+
+Work is kept as it is done: centroids once trained, then each block of assignments with a line in a
+journal. A run that dies goes on after its last block and ends with the same bytes.
+
+Differs from the papers' code: the sample is drawn by NumPy's current generator, and plain arrays
+are kept instead of a pickled matrix (``formats.members`` reads those).
+"""
+
+import shutil
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from memlm.core.config import Config, check
+from memlm.core.errors import CorruptStoreError
+from memlm.core.files import checksum, fingerprint, read_json, write_json
+from memlm.core.journal import Journal
+from memlm.core.progress import bar
+from memlm.core.threads import torch_threads
+from memlm.index.exact import ExactIndex
+from memlm.index.keys import KeySource, as_keys
+from memlm.index.metrics import prepare_keys
+from memlm.index.partition import (
+    AUTOMATON_DIRECTORY,
+    Clusters,
+    has_clusters,
+    read_record,
+    read_tensors,
+    write_tensors,
+)
+from memlm.index.plan import POINTS_PER_CENTROID
+
+BUILDING = "building"
+ENTRIES_PER_CLUSTER = 100
+SAMPLE_PER_CLUSTER = 40
+_BLOCK_ROWS = 1 << 18
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Config):
+    """How to cluster the keys of a store.
+
+    Attributes:
+        clusters: how many; None: one per 100 entries.
+        sample: keys the centroids are trained on, at most; None: 40 per cluster.
+        iterations: of k-means.
+        seed: of the sample and of k-means.
+    """
+
+    clusters: int | None = None
+    sample: int | None = None
+    iterations: int = 20
+    seed: int = 1
+
+    def __post_init__(self):
+        for name in ("clusters", "sample", "iterations"):
+            value = getattr(self, name)
+            check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+
+
+class ClusterPlan(NamedTuple):
+    """What `cluster_store` would do: clusters, keys to train on, and what differs from the wish."""
+
+    clusters: int
+    sample: int
+    warnings: tuple[str, ...]
+
+
+def plan_clusters(count: int, config: ClusterConfig) -> ClusterPlan:
+    """Sizes for ``count`` keys; fewer clusters than asked for where k-means would starve.
+
+    Raises:
+        InputError: if there are no keys.
+    """
+    check(count > 0, "clustering needs at least one key, got an empty store; extract one first")
+    clusters = config.clusters or max(1, count // ENTRIES_PER_CLUSTER)
+    sample = min(count, config.sample or SAMPLE_PER_CLUSTER * clusters)
+    if clusters * POINTS_PER_CENTROID <= sample or clusters == 1:
+        return ClusterPlan(clusters, sample, ())
+    fewer = max(1, sample // POINTS_PER_CENTROID)
+    warning = (
+        f"{clusters:,} clusters need {clusters * POINTS_PER_CENTROID:,} keys to train on "
+        f"({POINTS_PER_CENTROID} each), got {sample:,}; using {fewer:,} clusters"
+    )
+    return ClusterPlan(fewer, sample, (warning,))
+
+
+def cluster_store(
+    store: KeySource,
+    config: ClusterConfig | None = None,
+    *,
+    directory: Path | None = None,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+    quiet: bool = False,
+) -> Clusters:
+    """Cluster all keys of a store, or continue where an interrupted run stopped.
+
+    Args:
+        store: a datastore, or another source of keys.
+        config: how; None: the defaults.
+        directory: where to keep the clusters; None: ``automaton`` in the store's directory, or
+            nowhere if it has none. Finished clusters of the same settings are loaded.
+        device: where entries are assigned; the centroids are trained on the CPU.
+        threads: CPU threads; None: as they are.
+        quiet: show no progress bar.
+
+    Returns:
+        The clusters. Departures from the config warn with a UserWarning.
+
+    Raises:
+        InputError: for no keys, or zero keys under metric "cosine".
+        StoreError: if the directory cannot be written.
+    """
+    config = config or ClusterConfig()
+    plan = plan_clusters(len(as_keys(store)), config)
+    for message in plan.warnings:
+        warnings.warn(message, UserWarning, stacklevel=2)
+    if directory is None and hasattr(store, "path"):
+        directory = Path(getattr(store, "path")) / AUTOMATON_DIRECTORY  # noqa: B009
+
+    from memlm.index.faiss_index import faiss_threads
+
+    with faiss_threads(threads), torch_threads(threads):
+        return _Build(store, config, plan, directory, torch.device(device), quiet).run()
+
+
+def train_centroids(
+    sample: NDArray[np.float32],
+    clusters: int,
+    *,
+    iterations: int = 20,
+    seed: int = 1,
+    spherical: bool = False,
+) -> Tensor:
+    """Centroids of ``sample`` by FAISS's k-means (Lloyd's iterations).
+
+    Args:
+        sample: ``(points, dim)`` float32; of more than 256 per cluster FAISS takes a subset.
+        clusters: how many.
+        iterations: of k-means.
+        seed: of its start.
+        spherical: keep centroids at length one (for points of length one).
+
+    Returns:
+        ``(clusters, dim)`` float32.
+    """
+    import faiss
+
+    kmeans = faiss.Kmeans(
+        sample.shape[1],
+        clusters,
+        niter=iterations,
+        seed=seed,
+        spherical=spherical,
+        min_points_per_centroid=1,
+    )
+    kmeans.train(sample)
+    return torch.from_numpy(np.asarray(kmeans.centroids, np.float32))
+
+
+def assign(keys: Tensor, centroids: ExactIndex, metric: str = "l2") -> Tensor:
+    """The nearest centroid of every key ``(rows, dim)``: ``(rows,)`` int32, ties to the lower."""
+    nearest = centroids.search(prepare_keys(keys, metric), 1).ids
+    return nearest.squeeze(-1).to("cpu", torch.int32)
+
+
+class _Build:
+    """One clustering from nothing, or from where the last attempt stopped, to the end."""
+
+    def __init__(
+        self,
+        keys: KeySource,
+        config: ClusterConfig,
+        plan: ClusterPlan,
+        directory: Path | None,
+        device: torch.device,
+        quiet: bool,
+    ):
+        import faiss
+
+        self.keys, self.config, self.plan = keys, config, plan
+        self.device, self.quiet = device, quiet
+        self.metric = str(getattr(keys, "metric", "l2"))
+        self.store_fingerprint = str(getattr(keys, "fingerprint", ""))
+        self.directory = None if directory is None else Path(directory)
+        self.faiss = faiss.__version__
+        self.identity = fingerprint(
+            {
+                "config": config.to_dict(),
+                "keys": [len(keys), keys.dim, self.metric, self.store_fingerprint],
+                "faiss": self.faiss,
+            }
+        )
+
+    def run(self) -> Clusters:
+        directory = self.directory
+        finished = directory is not None and has_clusters(directory)
+        if directory is not None and finished and read_record(directory).identity == self.identity:
+            return Clusters.load(directory, store_fingerprint=self.store_fingerprint)
+        building = None if directory is None else self._prepare(directory / BUILDING)
+        cluster_of = self._assign(self._centroids(building), building)
+        clusters = Clusters.from_assignment(
+            cluster_of,
+            self.plan.clusters,
+            sample=self.plan.sample,
+            iterations=self.config.iterations,
+            seed=self.config.seed,
+            metric=self.metric,
+            store_fingerprint=self.store_fingerprint,
+            faiss=self.faiss,
+            identity=self.identity,
+        )
+        if directory is not None:
+            clusters.save(directory)
+            shutil.rmtree(directory / BUILDING, ignore_errors=True)
+        return clusters
+
+    def _prepare(self, building: Path) -> Path:
+        """The folder of work in progress, emptied if it belongs to another build."""
+        record = building / "build.json"
+        try:
+            same = read_json(record).get("identity") == self.identity
+        except CorruptStoreError:
+            same = False
+        if not same:
+            shutil.rmtree(building, ignore_errors=True)
+            building.mkdir(parents=True, exist_ok=True)
+            write_json(record, {"identity": self.identity})
+        return building
+
+    def _centroids(self, building: Path | None) -> ExactIndex:
+        file = None if building is None else building / "centroids.safetensors"
+        if file is not None and file.is_file():
+            return ExactIndex(read_tensors(file)["centroids"].to(self.device))
+        ids = np.random.default_rng(self.config.seed).choice(
+            len(self.keys), self.plan.sample, replace=False
+        )
+        ids.sort()
+        sample = np.empty((len(ids), self.keys.dim), np.float32)
+        for begin in range(0, len(ids), _BLOCK_ROWS):
+            part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
+            sample[begin : begin + len(part)] = prepare_keys(self.keys.gather(part), self.metric)
+        centroids = train_centroids(
+            sample,
+            self.plan.clusters,
+            iterations=self.config.iterations,
+            seed=self.config.seed,
+            spherical=self.metric == "cosine",
+        )
+        if file is not None:
+            write_tensors(file, centroids=centroids)
+        return ExactIndex(centroids.to(self.device))
+
+    def _assign(self, centroids: ExactIndex, building: Path | None) -> Tensor:
+        cluster_of = torch.full((len(self.keys),), -1, dtype=torch.int32)
+        journal = None if building is None else Journal(building / "journal.jsonl")
+        done = _finished(building, journal)
+        initial = sum(len(block) for block in done.values())
+        with bar(
+            len(self.keys), label="cluster", unit="key", initial=initial, quiet=self.quiet
+        ) as progress:
+            for start, keys in self.keys.blocks(_BLOCK_ROWS):
+                block = done.get(start)
+                if block is None or len(block) != len(keys):
+                    block = assign(keys.to(self.device), centroids, self.metric)
+                    if building is not None and journal is not None:
+                        file = building / _block_name(start)
+                        write_tensors(file, cluster=block)
+                        journal.append({"start": start, "checksum": checksum(file)})
+                    progress.update(len(block))
+                cluster_of[start : start + len(block)] = block
+        return cluster_of
+
+
+def _finished(building: Path | None, journal: Journal | None) -> dict[int, Tensor]:
+    """Blocks of assignments that an earlier run left whole, by their first entry."""
+    blocks = {}
+    if building is not None and journal is not None:
+        for line in journal.read():
+            file = building / _block_name(int(line.get("start", 0)))
+            if file.is_file() and checksum(file) == line.get("checksum"):
+                blocks[int(line["start"])] = read_tensors(file)["cluster"]
+    return blocks
+
+
+def _block_name(start: int) -> str:
+    return f"assigned-{start:012d}.safetensors"
