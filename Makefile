@@ -4,6 +4,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 DEMO_OUT ?= demo-out
+# The oldest torch there is for this machine (memlm needs 2.11).
+OLDEST_TORCH ?= 2.11.0
 # Root of golden cases; empty: tests/golden, and ../shared/golden beside the checkout if present.
 GOLDEN ?=
 PYTEST := $(BIN)/python -m pytest $(if $(GOLDEN),--golden $(GOLDEN))
@@ -64,6 +66,6 @@ $(VENV)/.docs: $(VENV)/.base
 
 .venv-oldest/.dev: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch
+	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt torch==$(OLDEST_TORCH)
 	.venv-oldest/bin/python -m pip install --quiet -c constraints-oldest.txt -e '.[test]'
 	@touch $@

@@ -127,7 +127,9 @@ class TokenMemory(Protocol):
         """
         ...
 
-    def observe(self, tokens: Tensor, keys: Tensor, state: Any) -> Any:
+    def observe(
+        self, tokens: Tensor, keys: Tensor, state: Any, valid: Tensor | None = None
+    ) -> Any:
         """Tell the memory which tokens really came, before ``read`` at their positions.
 
         Args:
@@ -135,6 +137,8 @@ class TokenMemory(Protocol):
                 position read last.
             keys: ``(rows, time, dim)`` hidden states at those tokens.
             state: as in ``read``.
+            valid: ``(rows, time)`` bool, False for padding: such rows stay as they are, and so
+                they do in the ``read`` that follows. None: all real. ``crop`` counts padding too.
         """
         ...
 

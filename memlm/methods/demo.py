@@ -134,7 +134,7 @@ def journey(
 
     with _timed(seconds, "index"), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the demo states the index it built
-        approximate = index_store(store, _index_config(store), threads=threads)
+        approximate = index_store(store, index_config(store), threads=threads)
     described = approximate.describe()
     say(
         f"index: {described['factory']}, recall@{described['recall']['k']} "
@@ -197,7 +197,7 @@ def library_splits() -> Splits:
     return Splits(*python_library())
 
 
-def _index_config(store: Datastore) -> IndexConfig:
+def index_config(store: Datastore) -> IndexConfig:
     """The paper's preset at the store's scale: lists near 4 sqrt(N), half of the key per code."""
     lists = max(1, round(4 * len(store) ** 0.5))
     return IndexConfig(
