@@ -1,0 +1,1 @@
+"""Readers of files that other programs wrote; nothing of them is ever executed."""
