@@ -28,8 +28,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.core.config import Config, check
-from memlm.core.errors import CorruptStoreError
-from memlm.core.files import checksum, fingerprint, read_json, write_json
+from memlm.core.errors import StoreError
+from memlm.core.files import checksum, fingerprint
 from memlm.core.journal import Journal
 from memlm.core.progress import bar
 from memlm.core.threads import torch_threads
@@ -196,10 +196,9 @@ class _Build:
         import faiss
 
         self.keys, self.config, self.plan = keys, config, plan
-        self.device, self.quiet = device, quiet
+        self.directory, self.device, self.quiet = directory, device, quiet
         self.metric = str(getattr(keys, "metric", "l2"))
         self.store_fingerprint = str(getattr(keys, "fingerprint", ""))
-        self.directory = None if directory is None else Path(directory)
         self.faiss = faiss.__version__
         self.identity = fingerprint(
             {
@@ -214,10 +213,9 @@ class _Build:
         finished = directory is not None and has_clusters(directory)
         if directory is not None and finished and read_record(directory).identity == self.identity:
             return Clusters.load(directory, store_fingerprint=self.store_fingerprint)
-        building = None if directory is None else self._prepare(directory / BUILDING)
-        cluster_of = self._assign(self._centroids(building), building)
+        pieces = _Pieces(None if directory is None else directory / BUILDING, self.identity)
         clusters = Clusters.from_assignment(
-            cluster_of,
+            self._assign(self._centroids(pieces), pieces),
             self.plan.clusters,
             sample=self.plan.sample,
             iterations=self.config.iterations,
@@ -229,76 +227,91 @@ class _Build:
         )
         if directory is not None:
             clusters.save(directory)
-            shutil.rmtree(directory / BUILDING, ignore_errors=True)
+        pieces.remove()
         return clusters
 
-    def _prepare(self, building: Path) -> Path:
-        """The folder of work in progress, emptied if it belongs to another build."""
-        record = building / "build.json"
-        try:
-            same = read_json(record).get("identity") == self.identity
-        except CorruptStoreError:
-            same = False
-        if not same:
-            shutil.rmtree(building, ignore_errors=True)
-            building.mkdir(parents=True, exist_ok=True)
-            write_json(record, {"identity": self.identity})
-        return building
+    def _centroids(self, pieces: "_Pieces") -> ExactIndex:
+        centroids = pieces.find("centroids")
+        if centroids is None:
+            centroids = train_centroids(
+                self._sample(),
+                self.plan.clusters,
+                iterations=self.config.iterations,
+                seed=self.config.seed,
+                spherical=self.metric == "cosine",
+            )
+            pieces.keep("centroids", centroids)
+        return ExactIndex(centroids.to(self.device))
 
-    def _centroids(self, building: Path | None) -> ExactIndex:
-        file = None if building is None else building / "centroids.safetensors"
-        if file is not None and file.is_file():
-            return ExactIndex(read_tensors(file)["centroids"].to(self.device))
-        ids = np.random.default_rng(self.config.seed).choice(
-            len(self.keys), self.plan.sample, replace=False
-        )
+    def _sample(self) -> NDArray[np.float32]:
+        generator = np.random.default_rng(self.config.seed)
+        ids = generator.choice(len(self.keys), self.plan.sample, replace=False)
         ids.sort()
         sample = np.empty((len(ids), self.keys.dim), np.float32)
         for begin in range(0, len(ids), _BLOCK_ROWS):
             part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
             sample[begin : begin + len(part)] = prepare_keys(self.keys.gather(part), self.metric)
-        centroids = train_centroids(
-            sample,
-            self.plan.clusters,
-            iterations=self.config.iterations,
-            seed=self.config.seed,
-            spherical=self.metric == "cosine",
-        )
-        if file is not None:
-            write_tensors(file, centroids=centroids)
-        return ExactIndex(centroids.to(self.device))
+        return sample
 
-    def _assign(self, centroids: ExactIndex, building: Path | None) -> Tensor:
+    def _assign(self, centroids: ExactIndex, pieces: "_Pieces") -> Tensor:
         cluster_of = torch.full((len(self.keys),), -1, dtype=torch.int32)
-        journal = None if building is None else Journal(building / "journal.jsonl")
-        done = _finished(building, journal)
-        initial = sum(len(block) for block in done.values())
-        with bar(
-            len(self.keys), label="cluster", unit="key", initial=initial, quiet=self.quiet
-        ) as progress:
+        with bar(len(self.keys), label="cluster", unit="key", quiet=self.quiet) as progress:
             for start, keys in self.keys.blocks(_BLOCK_ROWS):
-                block = done.get(start)
+                name = f"assigned-{start:012d}"
+                block = pieces.find(name)
                 if block is None or len(block) != len(keys):
                     block = assign(keys.to(self.device), centroids, self.metric)
-                    if building is not None and journal is not None:
-                        file = building / _block_name(start)
-                        write_tensors(file, cluster=block)
-                        journal.append({"start": start, "checksum": checksum(file)})
-                    progress.update(len(block))
+                    pieces.keep(name, block)
                 cluster_of[start : start + len(block)] = block
+                progress.update(len(block))
         return cluster_of
 
 
-def _finished(building: Path | None, journal: Journal | None) -> dict[int, Tensor]:
-    """Blocks of assignments that an earlier run left whole, by their first entry."""
-    blocks = {}
-    if building is not None and journal is not None:
-        for line in journal.read():
-            file = building / _block_name(int(line.get("start", 0)))
-            if file.is_file() and checksum(file) == line.get("checksum"):
-                blocks[int(line["start"])] = read_tensors(file)["cluster"]
-    return blocks
+class _Pieces:
+    """Finished pieces of a build: each a file, and a line in a journal that vouches for it.
 
+    Args:
+        folder: where they are; None keeps nothing. Emptied if it belongs to another build.
+        identity: of the build.
+    """
 
-def _block_name(start: int) -> str:
-    return f"assigned-{start:012d}.safetensors"
+    def __init__(self, folder: Path | None, identity: str):
+        self._folder = folder
+        self._checksums: dict[str, str] = {}
+        if folder is None:
+            return
+        self._journal = Journal(folder / "journal.jsonl")
+        lines = self._journal.read()
+        if not any(line.get("build") == identity for line in lines[:1]):
+            try:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(
+                    f"{folder} must be a directory that can be written "
+                    f"({error.strerror or error}); free space, fix permissions or choose another "
+                    "directory, then run the same command to continue"
+                ) from error
+            self._journal.append({"build": identity})
+        for line in lines:
+            self._checksums[str(line.get("piece"))] = str(line.get("checksum"))
+
+    def find(self, name: str) -> Tensor | None:
+        """The piece if an earlier run finished it, None otherwise."""
+        if self._folder is None or name not in self._checksums:
+            return None
+        file = self._folder / f"{name}.safetensors"
+        whole = file.is_file() and checksum(file) == self._checksums[name]
+        return read_tensors(file)["piece"] if whole else None
+
+    def keep(self, name: str, piece: Tensor) -> None:
+        """Write a piece; on return it is on disk for good."""
+        if self._folder is not None:
+            file = self._folder / f"{name}.safetensors"
+            write_tensors(file, piece=piece)
+            self._journal.append({"piece": name, "checksum": checksum(file)})
+
+    def remove(self) -> None:
+        """Remove all pieces; a crash before it costs disk space and nothing else."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
