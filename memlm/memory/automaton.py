@@ -31,139 +31,51 @@ what published numbers used); generation follows pointers too, the token that wa
 one that came.
 """
 
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
 from functools import cached_property
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memlm.core.config import Config, check
-from memlm.core.types import Candidates, Index, TargetPartial
-from memlm.index.build import has_index, load_index
-from memlm.index.cluster import AUTOMATON_DIRECTORY, Clusters, has_clusters
-from memlm.index.exact import ExactIndex
+from memlm.core.config import check
+from memlm.core.types import Candidates, Index, SearchResult, TargetPartial
 from memlm.index.keys import as_keys, load_if_it_fits
-from memlm.index.metrics import check_choice, check_k
-from memlm.memory.knn import INDEX_DIRECTORY, KnnMemory, Store, check_temperature
+from memlm.index.partition import Clusters
+from memlm.memory.automaton_config import (
+    GIVEN,
+    AutomatonConfig,
+    find_clusters,
+    find_index,
+    find_successors,
+    joins,
+    name_of_clusters,
+    name_of_index,
+)
+from memlm.memory.automaton_state import (
+    AutomatonState,
+    new_state,
+    retrieved,
+    selected,
+    stepped,
+    taken_back,
+)
+from memlm.memory.knn import KnnMemory, Store
 from memlm.memory.pointers import (
-    check_successors,
     cluster_table,
+    compact,
     contains,
     first_copies,
     follow,
     members,
-    next_entries,
 )
 from memlm.memory.scores import similarity
 from memlm.ops.tokens import target_partial
 
-GIVEN = "given"
-_MULTIPLICITIES = ("set", "legacy")
-_SUCCESSORS = ("documents", "all", GIVEN)
-_SCORES = ("exact", "index")
-# Numbers (keys x dim) scored at a time: they stay in the processor's cache.
-_CHUNK_NUMBERS = 1 << 18
-
-
-@dataclass(frozen=True)
-class AutomatonConfig(Config):
-    """Settings of an `AutomatonMemory`; the defaults are the paper's for language modelling.
-
-    Attributes:
-        k: neighbours of a search.
-        temperature: what scores are divided by, or "auto" (see `KnnConfig`).
-        min_knns: search when fewer pointers than this are alive; 0 never searches.
-        max_knns: entries that pointers and their clusters contribute, at most.
-        clusters: "auto" for those saved with the store if there are any, "none", or "given".
-        multiplicity: "set" (an entry counts once), "legacy" (as often as it was reached: the
-            published behaviour), or a number: "set", with that much added to the scaled score
-            (a log-weight) of entries that a pointer leads to.
-        successors: "documents" (the next entry of the same document), "all" (the next entry,
-            whatever lies between: the published behaviour), or "given".
-        scores: "exact" (all candidates by the store's keys) or "index" (as the index scores what
-            it finds, and by the keys it reconstructs for pointers).
-        index: "exact", or "auto" for the index saved with the store if there is one.
-        history: positions that `crop` can take back.
-    """
-
-    k: int = 1024
-    temperature: float | str = 1.0
-    min_knns: int = 1
-    max_knns: int = 1024
-    clusters: str = "auto"
-    multiplicity: str | float = "set"
-    successors: str = "documents"
-    scores: str = "exact"
-    index: str = "auto"
-    history: int = 32
-
-    def __post_init__(self):
-        check_k(self.k)
-        if isinstance(self.temperature, str):
-            check_choice("temperature", self.temperature, ("auto",))
-        else:
-            check_temperature(self.temperature)
-        check(self.min_knns >= 0, f"min_knns must be at least 0, got {self.min_knns}")
-        check(self.max_knns >= 1, f"max_knns must be at least 1, got {self.max_knns}")
-        check(self.history >= 0, f"history must be at least 0, got {self.history}")
-        check_choice("clusters", self.clusters, ("auto", "none", GIVEN))
-        check_choice("successors", self.successors, _SUCCESSORS)
-        check_choice("scores", self.scores, _SCORES)
-        check_choice("index", self.index, ("auto", "exact"))
-        if isinstance(self.multiplicity, str):
-            check(
-                self.multiplicity in _MULTIPLICITIES,
-                f"multiplicity must be one of {', '.join(_MULTIPLICITIES)} or a number, got "
-                f"'{self.multiplicity}'",
-            )
-        else:
-            check(
-                abs(self.multiplicity) < float("inf"),
-                f"multiplicity must be a finite number, got {self.multiplicity}",
-            )
-
-
-class Past(NamedTuple):
-    """What a row was after an earlier position: what `crop` goes back to.
-
-    Attributes:
-        entries: ``(earlier rows, width)``, as in `AutomatonState`.
-        scores: alike.
-        counters: ``(earlier rows, 4)``.
-        rows: ``(rows,)`` int64, the earlier row that each row of today was; None: the same.
-    """
-
-    entries: Tensor
-    scores: Tensor
-    counters: Tensor
-    rows: Tensor | None
-
-
-class AutomatonState(NamedTuple):
-    """Where each sequence stands in the automaton.
-
-    Attributes:
-        entries: ``(rows, width)`` int64, what the last `read` retrieved: found by search first,
-            then pointers, then members of their clusters; -1 where there is none.
-        scores: ``(rows, width)`` float, their similarity to the query (temperature not applied).
-        pointers: ``(rows, pointers)`` int64, the successors of those that agreed with the token
-            observed since, best first; -1 padding.
-        asleep: ``(rows,)`` bool, rows whose last observed position was padding; None: none.
-        counters: ``(rows, 4)`` int64: steps, searches, steps since the last search, and such steps
-            that were followed by another search.
-        history: what `crop` may go back to, oldest first.
-        length: positions observed, padding included.
-    """
-
-    entries: Tensor
-    scores: Tensor
-    pointers: Tensor
-    asleep: Tensor | None
-    counters: Tensor
-    history: tuple[Past, ...]
-    length: int
+# Numbers (keys x dim) scored at a time: on the CPU they stay in the processor's cache.
+_CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 27}
 
 
 class AutomatonMemory:
@@ -173,8 +85,8 @@ class AutomatonMemory:
         store: a `Datastore`, or anything that offers what `memory.knn.Store` lists.
         k: neighbours of a search; more than the store holds is clamped with a warning.
         temperature: above 0, or "auto".
-        min_knns: search when fewer pointers than this are alive.
-        max_knns: entries that pointers and clusters contribute per step, at most.
+        min_knns: search when fewer pointers than this are alive; 0 never searches.
+        max_knns: entries that pointers and clusters contribute to a step, at most.
         clusters: `Clusters` of this store; "auto": those saved in the store's directory, if any;
             None: every entry is a state of its own.
         multiplicity: "set", "legacy" or a log-weight (see `AutomatonConfig`).
@@ -182,8 +94,8 @@ class AutomatonMemory:
         scores: "exact" or "index" (see `AutomatonConfig`).
         index: over the store's keys, "auto" or "exact".
         history: positions that `crop` can take back (assisted decoding: its draft's length).
-        device: where keys and pointers are; the keys are kept there if they fit, else they are
-            read from the store at every step.
+        device: where keys and pointers are. Keys are held there if they need less than half of the
+            machine's memory, else the few that are wanted are read from the store at every step.
 
     Attributes:
         config: the settings as given.
@@ -212,46 +124,45 @@ class AutomatonMemory:
         history: int = 32,
         device: str | torch.device = "cpu",
     ):
-        name = "none" if clusters is None else clusters
-        exact = index == "exact" or isinstance(index, ExactIndex)
         self.config = AutomatonConfig(
             k=k,
             temperature=temperature,
             min_knns=min_knns,
             max_knns=max_knns,
-            clusters=name if isinstance(name, str) else GIVEN,
+            clusters=name_of_clusters(store, clusters),
             multiplicity=multiplicity,
             successors=successors if isinstance(successors, str) else GIVEN,
             scores=scores,
-            index=index if isinstance(index, str) else ("exact" if exact else "auto"),
+            index=name_of_index(index),
             history=history,
         )
         check(len(store) > 0, "the datastore must hold entries, got an empty one; extract it again")
-        device = torch.device(device)
-        keys = load_if_it_fits(store)
-        self._in_memory = isinstance(keys, Tensor)
-        keys = keys.to(device) if isinstance(keys, Tensor) else keys
-        self._keys = as_keys(keys)
-        if isinstance(index, str):
-            directory = Path(getattr(store, "path", "")) / INDEX_DIRECTORY
-            saved = index == "auto" and hasattr(store, "path") and has_index(directory)
-            index = (
-                load_index(directory, keys, store_fingerprint=store.fingerprint)
-                if saved
-                else ExactIndex(keys, store.metric, store_fingerprint=store.fingerprint)
+        if k > len(store):
+            warnings.warn(
+                f"k must be at most the store's {len(store)} entries, got {k}; using {len(store)}",
+                UserWarning,
+                stacklevel=2,
             )
-        searched = KnnMemory(store, k=k, temperature=temperature, index=index)
+        self.device = torch.device(device)
+        keys = load_if_it_fits(store)
+        keys = keys.to(self.device) if isinstance(keys, Tensor) else keys
+        searched = KnnMemory(
+            store,
+            k=min(k, len(store)),
+            temperature=temperature,
+            index=find_index(store, keys, index),
+        )
         self.store, self.index = store, searched.index
         self.k, self.temperature = searched.k, searched.temperature
-        self.min_knns, self.max_knns = min_knns, max_knns
-        self.device = device
-        self._values = torch.as_tensor(store.values).reshape(-1).to(device)
-        self.clusters = _find_clusters(store, name)
-        self._table = None if self.clusters is None else cluster_table(self.clusters, device)
-        following = _find_successors(store, successors)
-        targets = following[following >= 0]
-        self._merging = len(targets.unique()) < len(targets) if self.given_successors else False
-        self._successors = following.to(device)
+        self.clusters = find_clusters(store, clusters)
+        self._keys = as_keys(keys)
+        self._keys_place = "in memory" if isinstance(keys, Tensor) else "on disk"
+        self._values = torch.as_tensor(store.values).reshape(-1).to(self.device)
+        self._successors = find_successors(store, successors).to(self.device)
+        self._table = None if self.clusters is None else cluster_table(self.clusters, self.device)
+        self._distinct = multiplicity != "legacy"
+        # Only successors given by hand can lead from two entries to one.
+        self._joining = self._distinct and joins(self._successors, self.config.successors)
 
     @classmethod
     def from_config(
@@ -275,49 +186,22 @@ class AutomatonMemory:
         Raises:
             InputError: if something that was given by hand is missing.
         """
+        values: dict[str, Any] = {part.name: getattr(config, part.name) for part in fields(config)}
         for name, value in (("clusters", clusters), ("successors", successors)):
-            check(
-                (getattr(config, name) == GIVEN) == (value is not None),
-                f"these settings {'need' if value is None else 'do not take'} {name} given by "
-                f"hand; {'pass' if value is None else 'leave out'} {name}",
-            )
-        values = {name: getattr(config, name) for name in ("k", "temperature", "min_knns")}
-        return cls(
-            store,
-            **values,
-            max_knns=config.max_knns,
-            clusters=config.clusters if clusters is None else clusters,
-            multiplicity=config.multiplicity,
-            successors=config.successors if successors is None else successors,
-            scores=config.scores,
-            index=config.index,
-            history=config.history,
-            device=device,
-        )
-
-    @property
-    def given_successors(self) -> bool:
-        """Whether successors were given by hand."""
-        return self.config.successors == GIVEN
+            if values[name] == GIVEN:
+                check(
+                    value is not None,
+                    f"these settings belong to {name} that were given by hand; pass {name}",
+                )
+                values[name] = value
+        return cls(store, **values, device=device)
 
     def __len__(self) -> int:
         return len(self.store)
 
-    # -- the walk ----------------------------------------------------------------------------
-
     def init_state(self, rows: int) -> AutomatonState:
         """No pointer is alive yet: the first read searches."""
-        check(rows >= 1, f"rows must be at least 1, got {rows}")
-        nothing = torch.empty(rows, 0, dtype=torch.int64, device=self.device)
-        return AutomatonState(
-            entries=nothing,
-            scores=torch.empty(rows, 0, device=self.device),
-            pointers=nothing,
-            asleep=None,
-            counters=torch.zeros(rows, 4, dtype=torch.int64, device=self.device),
-            history=(),
-            length=0,
-        )
+        return new_state(rows, self.device)
 
     @torch.no_grad()
     def observe(
@@ -339,32 +223,29 @@ class AutomatonMemory:
         check(
             tokens.dim() == 2 and len(tokens) == rows and keys.shape[:2] == tokens.shape,
             f"tokens (rows, time) and keys (rows, time, dim) must fit the state of {rows} rows, "
-            f"got {tuple(tokens.shape)} and {tuple(keys.shape)}; make a new state for another batch",
+            f"got {tuple(tokens.shape)} and {tuple(keys.shape)}; make a new state for another "
+            "batch",
         )
         for time in range(tokens.shape[1]):
             if time:
                 state = self.read(keys[:, time - 1], state)[1]
             awake = None if valid is None else valid[:, time].to(self.device)
-            state = self._step(tokens[:, time].to(self.device), awake, state)
+            pointers = self._follow(tokens[:, time].to(self.device), awake, state)
+            asleep = None if awake is None else ~awake
+            state = stepped(state, pointers, asleep, self.config.history)
         return state
 
-    def _step(self, token: Tensor, awake: Tensor | None, state: AutomatonState) -> AutomatonState:
+    def _follow(self, token: Tensor, awake: Tensor | None, state: AutomatonState) -> Tensor:
+        """Successors of the retrieved entries that agree with the token, best first."""
         entries = state.entries.clamp(min=0)
         keep = (state.entries >= 0) & (self._values[entries] == token.unsqueeze(1))
         keep &= self._successors[entries] >= 0
         if awake is not None:
             keep &= awake.unsqueeze(1)
         pointers = follow(state.entries, state.scores, keep, self._successors)
-        if self._merging and self.config.multiplicity != "legacy":
-            pointers = pointers.masked_fill(~first_copies(pointers), -1)
-        past = Past(state.entries, state.scores, state.counters, None)
-        history = (*state.history, past)[-self.config.history :] if self.config.history else ()
-        return state._replace(
-            pointers=pointers,
-            asleep=None if awake is None else ~awake,
-            history=history,
-            length=state.length + 1,
-        )
+        if self._joining:
+            (pointers,) = compact(first_copies(pointers), pointers, fill=(-1,))
+        return pointers
 
     @torch.no_grad()
     def read(self, query: Tensor, state: AutomatonState) -> tuple[Candidates, AutomatonState]:
@@ -375,101 +256,94 @@ class AutomatonMemory:
             state: with that position observed.
 
         Returns:
-            Candidates ``(rows, width)`` in no particular order, on the query's device; no row is
-            valid where nothing was found.
+            Candidates ``(rows, width)`` in no particular order, on the query's device.
 
         Raises:
             InputError: if the query does not fit the state, or is not finite.
         """
         rows = len(state.entries)
         check(
-            query.dim() == 2 and query.shape == (rows, self.store.dim),
+            query.shape == (rows, self.store.dim),
             f"queries must be ({rows}, {self.store.dim}) like the state and the store, got "
             f"{tuple(query.shape)}; read with the rows that were observed",
         )
-        place, query = query.device, query.to(self.device)
+        place, query = query.device, query.detach().to(self.device)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
-        searching = (state.pointers >= 0).sum(1) < self.min_knns
+        searching = (state.pointers >= 0).sum(1) < self.config.min_knns
         if state.asleep is not None:
             searching &= ~state.asleep
-        followed, on_pointer = self._extend(state.pointers)
-        entries, scores = followed, None
-        if bool(searching.any()):
-            found, scores = self._search(query, searching)
-            if self.config.multiplicity != "legacy":
-                followed = followed.masked_fill(contains(found, followed), -1)
-            entries = torch.cat([found, followed], dim=1)
-            on_pointer = torch.cat([contains(state.pointers, found), on_pointer], dim=1)
-        scores = self._score(query, entries, followed, scores)
-        state = _remember(state, entries, scores, searching)
-        candidates = self._candidates(entries, scores, on_pointer)
-        if state.asleep is not None:
-            candidates.valid[state.asleep] = False
+        found = self._search(query, searching)
+        followed = self._extend(state.pointers)
+        if self._distinct:
+            followed = followed.masked_fill(contains(found.ids, followed), -1)
+        entries = torch.cat([found.ids, followed], dim=1)
+        if self.config.scores == "exact":
+            scores = self._score(query, entries, self._keys.gather)
+        else:
+            keys_of = getattr(self.index, "reconstruct", self._keys.gather)
+            scores = self._score(query, followed, keys_of)
+            scores = torch.cat([found.scores.to(scores), scores], dim=1)
+        candidates = self._candidates(entries, scores, state)
+        state = retrieved(state, entries, scores, searching)
         return Candidates(*(part.to(place) for part in candidates)), state
 
-    def _extend(self, pointers: Tensor) -> tuple[Tensor, Tensor]:
-        """Pointers and the members of their clusters, at most ``max_knns``, and which are which."""
-        pointers = pointers[:, : self.max_knns]
-        followed, on_pointer = pointers, torch.ones_like(pointers, dtype=torch.bool)
-        if self._table is not None and pointers.shape[1]:
-            more = members(pointers, self._table, self.max_knns)
-            if self.config.multiplicity != "legacy":
-                more = more.masked_fill(contains(pointers, more), -1)
-            followed = torch.cat([pointers, more], dim=1)
-            beyond = (followed >= 0).cumsum(1) > self.max_knns
-            followed = followed.masked_fill(beyond, -1)
-            on_pointer = torch.arange(followed.shape[1], device=self.device) < pointers.shape[1]
-        return followed, on_pointer.expand_as(followed)
-
-    def _search(self, query: Tensor, searching: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and scores ``(rows, k)`` for the rows that search; (-1, -inf) for the others."""
+    def _search(self, query: Tensor, searching: Tensor) -> SearchResult:
+        """What the rows that must search find, in one call; (-1, -inf) for the others."""
         rows = searching.nonzero().squeeze(-1)
-        found = self.index.search(query[rows], self.k)
-        ids = torch.full((len(query), self.k), -1, dtype=torch.int64, device=self.device)
-        scores = torch.full(ids.shape, -torch.inf, dtype=found.scores.dtype, device=self.device)
-        ids[rows], scores[rows] = found.ids.to(self.device), found.scores.to(self.device)
-        return ids, scores
+        shape = (len(query), self.k if len(rows) else 0)
+        ids = torch.full(shape, -1, dtype=torch.int64, device=self.device)
+        scores = query.new_full(shape, -torch.inf)
+        if len(rows):
+            found = self.index.search(query[rows], self.k)
+            ids[rows], scores[rows] = found.ids.to(ids), found.scores.to(scores)
+        return SearchResult(scores, ids)
 
-    def _score(
-        self, query: Tensor, entries: Tensor, followed: Tensor, found: Tensor | None
-    ) -> Tensor:
+    def _extend(self, pointers: Tensor) -> Tensor:
+        """Pointers, then the members of their clusters: ``max_knns`` in all, at most."""
+        most = self.config.max_knns
+        pointers = pointers[:, :most]
+        if self._table is None or pointers.shape[1] == 0:
+            return pointers
+        more = members(pointers, self._table, most)
+        if self._distinct:
+            more = more.masked_fill(contains(pointers, more), -1)
+        followed = torch.cat([pointers, more], dim=1)
+        return followed.masked_fill((followed >= 0).cumsum(1) > most, -1)
+
+    def _score(self, query: Tensor, entries: Tensor, keys_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Similarity of every entry ``(rows, width)``, -inf where there is none."""
-        if self.config.scores == "exact":
-            return self._similarity(query, entries, self._keys.gather)
-        reconstruct = getattr(self.index, "reconstruct", self._keys.gather)
-        scores = self._similarity(query, followed, reconstruct)
-        return scores if found is None else torch.cat([found.to(scores), scores], dim=1)
-
-    def _similarity(self, query: Tensor, entries: Tensor, keys_of: Any) -> Tensor:
         scores = query.new_full(entries.shape, -torch.inf)
         row, column = (entries >= 0).nonzero(as_tuple=True)
-        wanted = entries[row, column]
+        if len(row) == 0:
+            return scores
+        size = max(1, _CHUNK_NUMBERS[self.device.type] // query.shape[1])
         parts = []
-        size = max(1, _CHUNK_NUMBERS // query.shape[1])
-        for some, ids in zip(row.split(size), wanted.split(size), strict=True):
-            keys = keys_of(ids).to(query)
-            parts.append(similarity(query[some], keys.unsqueeze(1), self.index.metric).squeeze(1))
-        if parts:
-            scores[row, column] = torch.cat(parts)
+        for some, ids in zip(row.split(size), entries[row, column].split(size), strict=True):
+            keys = keys_of(ids).to(query).unsqueeze(1)
+            parts.append(similarity(query[some], keys, self.index.metric).squeeze(1))
+        scores[row, column] = torch.cat(parts)
         return scores
 
-    def _candidates(self, entries: Tensor, scores: Tensor, on_pointer: Tensor) -> Candidates:
-        if entries.shape[1] == 0:  # at least one column, so that nobody has to ask
+    def _candidates(self, entries: Tensor, scores: Tensor, state: AutomatonState) -> Candidates:
+        if entries.shape[1] == 0:  # one empty column: not every reader takes a width of zero
             entries = entries.new_full((len(entries), 1), -1)
             scores = scores.new_full(entries.shape, -torch.inf)
-            on_pointer = torch.zeros_like(entries, dtype=torch.bool)
         scores = scores / self.temperature
-        if not isinstance(self.config.multiplicity, str):
-            scores = scores + self.config.multiplicity * on_pointer
+        bonus = self.config.multiplicity
+        if not isinstance(bonus, str) and bonus:
+            scores = scores + bonus * contains(state.pointers[:, : self.config.max_knns], entries)
+        valid = entries >= 0
+        if state.asleep is not None:
+            valid &= ~state.asleep.unsqueeze(1)
         tokens = self._values[entries.clamp(min=0)].long()
-        return Candidates(scores, tokens, entries, entries >= 0)
+        return Candidates(scores, tokens, entries, valid)
 
     def score(
         self, query: Tensor, targets: Tensor, state: AutomatonState
     ) -> tuple[TargetPartial, AutomatonState]:
         """The memory's mass, and the part of it on known next tokens.
 
-        The targets do not enter the state; the next `observe` tells it what came.
+        The targets do not enter the state; the next ``observe`` tells it what came.
 
         Args:
             query: ``(rows, dim)``, as for ``read``.
@@ -479,62 +353,24 @@ class AutomatonMemory:
         candidates, state = self.read(query, state)
         return target_partial(candidates, targets), state
 
-    # -- state -------------------------------------------------------------------------------
-
     def select_rows(self, state: AutomatonState, index: Tensor) -> AutomatonState:
         """The state of the rows ``index``, copied or dropped."""
-        index = index.to(self.device)
-        history = tuple(
-            past._replace(rows=index if past.rows is None else past.rows[index])
-            for past in state.history
-        )
-        return AutomatonState(
-            entries=state.entries[index],
-            scores=state.scores[index],
-            pointers=state.pointers[index],
-            asleep=None if state.asleep is None else state.asleep[index],
-            counters=state.counters[index],
-            history=history,
-            length=state.length,
-        )
+        return selected(state, index.to(self.device))
 
     def crop(self, state: AutomatonState, length: int) -> AutomatonState:
-        """The state after only the first ``length`` positions were observed and read.
+        """The state after only the first ``length`` positions.
 
         Raises:
             InputError: if fewer were observed, or more would be taken back than ``history`` holds.
         """
-        seen = state.length
-        check(0 <= length <= seen, f"length must lie between 0 and {seen}, got {length}")
-        if length == seen:
-            return state
-        fresh = self.init_state(len(state.entries))
-        if length == 0:
-            return fresh
-        back = seen - length
-        check(
-            back <= len(state.history),
-            f"at most {len(state.history)} positions can be taken back, got {back}; make the "
-            f"memory with history={back} or more",
-        )
-        past = state.history[-back]
-        rows = slice(None) if past.rows is None else past.rows
-        return fresh._replace(
-            entries=past.entries[rows],
-            scores=past.scores[rows],
-            counters=past.counters[rows],
-            history=state.history[:-back],
-            length=length,
-        )
-
-    # -- figures -----------------------------------------------------------------------------
+        return taken_back(state, length)
 
     def stats(self, state: AutomatonState) -> dict[str, Any]:
         """Figures of all rows together.
 
-        ``saved`` is the fraction of saved searches; ``foss_legacy`` is what the published code
-        prints, which forgets the steps after the last search of each sequence (None before the
-        first search).
+        ``saved`` is the fraction of saved searches, 1 - searches / steps. ``foss_legacy`` is what
+        the published code prints instead: it forgets the steps after the last search of each
+        sequence (None before the first search).
         """
         steps, searches, _, saved = state.counters.sum(0).tolist()
         return {
@@ -557,17 +393,17 @@ class AutomatonMemory:
 
     @cached_property
     def out_degree(self) -> float:
-        """Different states that a state leads to, on average."""
+        """How many different states a state leads to, on average."""
         here = (self._successors >= 0).nonzero().squeeze(-1)
         there = self._successors[here].long()
-        if self._table is not None:
-            here, there = (self._state_of(entries) for entries in (here, there))
-        width = len(self) + (0 if self.clusters is None else len(self.clusters))
-        return len((here * width + there).unique()) / self.states
-
-    def _state_of(self, entries: Tensor) -> Tensor:
-        cluster = self._table.cluster_of[entries].long()  # type: ignore[union-attr]
-        return torch.where(cluster >= 0, cluster, entries + len(self.clusters))  # type: ignore[arg-type]
+        if self.clusters is None or self._table is None:
+            return len(here) / len(self)
+        count, cluster_of = len(self.clusters), self._table.cluster_of
+        here, there = (
+            torch.where(cluster_of[some] >= 0, cluster_of[some].long(), count + some)
+            for some in (here, there)
+        )
+        return len((here * (count + len(self)) + there).unique()) / self.states
 
     def describe(self) -> dict[str, Any]:
         """Settings in force, the store's fingerprint, clusters, and the index with its recall."""
@@ -579,55 +415,13 @@ class AutomatonMemory:
             "entries": len(self),
             "k": self.k,
             "temperature": self.temperature,
-            "min_knns": self.min_knns,
-            "max_knns": self.max_knns,
+            "min_knns": self.config.min_knns,
+            "max_knns": self.config.max_knns,
             "multiplicity": self.config.multiplicity,
             "successors": successors,
             "scores": self.config.scores,
-            "keys": "in memory" if self._in_memory else "on disk",
+            "keys": self._keys_place,
             "clusters": None if self.clusters is None else self.clusters.describe(),
             "store": self.store.fingerprint,
             "index": self.index.describe(),
         }
-
-
-def _remember(
-    state: AutomatonState, entries: Tensor, scores: Tensor, searched: Tensor
-) -> AutomatonState:
-    """The state after a read; rows that were asleep stay as they were."""
-    steps, searches, run, saved = state.counters.unbind(1)
-    one = searched.long()
-    counters = torch.stack(
-        [steps + 1, searches + one, (run + 1) * (1 - one), saved + run * one], dim=1
-    )
-    if state.asleep is not None:
-        missing = entries.shape[1] - state.entries.shape[1]
-        pad = torch.nn.functional.pad
-        old = pad(state.entries, (0, max(0, missing)), value=-1)
-        old_scores = pad(state.scores, (0, max(0, missing)), value=-torch.inf).to(scores)
-        new = pad(entries, (0, max(0, -missing)), value=-1)
-        new_scores = pad(scores, (0, max(0, -missing)), value=-torch.inf)
-        asleep = state.asleep.unsqueeze(1)
-        entries = torch.where(asleep, old, new)
-        scores = torch.where(asleep, old_scores, new_scores)
-        counters = torch.where(asleep, state.counters, counters)
-    return state._replace(entries=entries, scores=scores, counters=counters)
-
-
-def _find_clusters(store: Store, clusters: Clusters | str) -> Clusters | None:
-    if isinstance(clusters, Clusters):
-        clusters.check_store(len(store), store.fingerprint)
-        return clusters
-    directory = Path(getattr(store, "path", "")) / AUTOMATON_DIRECTORY
-    if clusters == "none" or not hasattr(store, "path") or not has_clusters(directory):
-        return None
-    return Clusters.load(directory, store_fingerprint=store.fingerprint)
-
-
-def _find_successors(store: Store, successors: Tensor | str) -> Tensor:
-    if isinstance(successors, Tensor):
-        return check_successors(successors.detach().cpu(), len(store))
-    if successors == "all":
-        return next_entries(len(store))
-    places = (getattr(store, name, None) for name in ("documents", "positions"))
-    return next_entries(len(store), *places)

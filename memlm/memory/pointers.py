@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from memlm.core.config import check
-from memlm.index.cluster import Clusters
+from memlm.index.partition import Clusters
 
 
 class ClusterTable(NamedTuple):
@@ -168,7 +168,7 @@ def members(pointers: Tensor, table: ClusterTable, most: int) -> Tensor:
 
 
 def contains(pool: Tensor, values: Tensor) -> Tensor:
-    """Which ``values`` ``(rows, n)`` are in the ``pool`` ``(rows, m)`` of their row; -1 never is."""
+    """Which ``values`` ``(rows, n)`` are in their row of ``pool`` ``(rows, m)``; -1 never is."""
     if pool.shape[1] == 0 or values.shape[1] == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     pool = pool.sort(dim=1).values
