@@ -308,6 +308,12 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             shifted = F.pad(labels, (0, 1), value=-100)[..., 1:]
             kept = keep(shifted[..., None], logits_to_keep)[..., 0]
             for_loss["shift_labels"] = kept.contiguous()
+        targets = for_loss["shift_labels"]
+        if for_loss.get("num_items_in_batch") is None and not bool((targets != -100).any()):
+            raise InputError(
+                "labels must mark at least one token to predict, got -100 everywhere (the first "
+                "position has nothing before it); give longer rows or other labels"
+            )
         loss = self.loss_function(
             logits=logits, labels=labels, vocab_size=logits.shape[-1], **for_loss
         )
