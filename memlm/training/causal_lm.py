@@ -1,10 +1,10 @@
 """Train a small causal language model from scratch, on the Trainer of transformers.
 
 The model is a Llama with its embedding matrix tied to the head; it learns to predict every next
-token of the corpus (mean cross-entropy over the scored tokens) with AdamW. Checkpoints, resuming
-and several devices are the Trainer's; what is added here is what a small run on a CPU needs: a loss
-that never holds all logits (``loss``), an order of examples that survives a resume (``blocks``)
-and a time budget (``schedule``).
+token of the corpus (mean cross-entropy over the scored tokens) with AdamW. Checkpoints and resuming
+are the Trainer's; what is added here is what a small run on a CPU needs: a loss that never holds
+all logits (``loss``), an order of examples that survives a resume (``blocks``) and a time budget
+(``schedule``).
 
 The folder of a run holds the model and its tokenizer (``AutoModelForCausalLM.from_pretrained``
 reads it), ``run.json`` (what the run is: settings, corpus, tokenizer), ``checkpoints/``, and in the
@@ -64,7 +64,8 @@ def train_causal_lm(
     """Train a model and leave it, with its tokenizer and a summary, in a folder.
 
     With ``max_steps`` the result depends only on corpus, tokenizer, settings, threads and machine
-    type. The state of the global random generators is the same after the call as before.
+    type. One process; if it sees several GPUs all are used, ``batch_blocks`` examples on each. The
+    state of the global random generators is the same after the call as before.
 
     Args:
         corpus: text to learn from, tokenised with ``tokenizer``.
@@ -413,7 +414,7 @@ def _summary(
 ) -> dict[str, Any]:
     """What came out of a run, with all that is needed to repeat it."""
     steps, schedule = trainer.state.global_step, trainer.schedule
-    rows = steps * config.batch_blocks * config.accumulate * trainer.args.world_size
+    rows = steps * trainer.args.train_batch_size * config.accumulate
     tokens = trainer.examples.targets(rows)
     return {
         "format_version": 1,
@@ -421,7 +422,7 @@ def _summary(
         "parameters": trainer.trained.num_parameters(),
         "precision": trainer.precision,
         "device": trainer.args.device.type,
-        "devices": trainer.args.world_size,
+        "devices": max(1, trainer.args.n_gpu),
         "threads": threads,
         "corpus": corpus.describe(),
         "steps": steps,

@@ -62,10 +62,9 @@ def test_no_text_occurs_twice(library):
     assert len(texts) == len(set(texts))
 
 
-def test_is_the_same_every_time_and_imports_nothing():
+def test_is_the_same_every_time_and_imports_nothing(library):
     before = set(sys.modules)
-    first, second = python_library(), python_library()
-    assert first == second
+    assert python_library() == library
     assert set(sys.modules) == before
 
 
