@@ -8,7 +8,6 @@ from memlm.cli.options import MemoryOptions, ModelOptions, TextOptions, show, wr
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(MemoryOptions, TextOptions, ModelOptions):
     """Perplexity of MODEL on TEXT, alone and (with --store) with its memory, protocol included.
-
     --tune chooses lam and the temperature on other held-out text first.
     """
 

@@ -5,6 +5,7 @@ its inputs, 130 interrupted. Verbs import what they need when they run, so help 
 """
 
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,12 +46,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
+    with warnings.catch_warnings():
+        warnings.showwarning = _show_warning
+        return _run(None if arguments is None else list(arguments))
+
+
+def _run(arguments: list[str] | None) -> int:
     try:
         verb = tyro.extras.subcommand_cli_from_dict(
             _VERBS,
             prog="memlm",
             description=_DESCRIPTION,
-            args=None if arguments is None else list(arguments),
+            args=arguments,
             config=(tyro.conf.FlagCreatePairsOff,),
         )
         return verb.run()
@@ -60,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("memlm: interrupted; run the same command again to continue\n")
         return 130
+
+
+def _show_warning(message: Warning | str, *details: Any, **more: Any) -> None:
+    sys.stderr.write(f"memlm: warning: {message}\n")
 
 
 if __name__ == "__main__":

@@ -189,7 +189,9 @@ def show(value: dict[str, Any], text: Any, *, as_json: bool) -> None:
         return
     from rich.console import Console
 
-    Console(highlight=False).print(text)
+    # A pipe has no width of its own; tables should not break in it.
+    width = None if sys.stdout.isatty() else 140
+    Console(highlight=False, width=width, soft_wrap=isinstance(text, str)).print(text)
 
 
 def write_result(path: str | None, value: dict[str, Any]) -> None:

@@ -37,7 +37,8 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
     return "; ".join(
         (
             protocol["windows_line"],
-            f"{scored['tokens']:,} tokens of {scored['documents']:,} documents scored once"
+            f"{scored['tokens']:,} tokens of {scored['documents']:,} "
+            f"{'document' if scored['documents'] == 1 else 'documents'} scored once"
             f"{left_out}, {first}",
             "token-weighted, natural log",
             memory_line(protocol["memory"], protocol["merge"], protocol["state"]),

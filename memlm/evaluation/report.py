@@ -31,16 +31,9 @@ def report(evaluations: Mapping[str, Evaluation]) -> Group:
     """
     check(len(evaluations) > 0, "a report needs at least one evaluation, got none")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (
-        "",
-        "perplexity",
-        "95% interval",
-        "against first",
-        "bits/byte",
-        "per word",
-        "tok/s",
-    ):
-        table.add_column(name, justify="left" if name in ("", "against first") else "right")
+    for name in _COLUMNS:
+        justify = "left" if name in ("", "against first") else "right"
+        table.add_column(name, justify=justify, no_wrap=True)
     first = next(iter(evaluations.values()))
     for name, evaluation in evaluations.items():
         interval = evaluation.interval()
@@ -49,10 +42,10 @@ def report(evaluations: Mapping[str, Evaluation]) -> Group:
             _number(evaluation.perplexity),
             "one document"
             if interval is None
-            else f"{_number(interval.low)} to {_number(interval.high)}",
+            else f"{_number(interval.low)}-{_number(interval.high)}",
             "" if evaluation is first else _against(evaluation, first),
-            _number(evaluation.bits_per_byte, 4),
-            _number(evaluation.word_perplexity),
+            _number(evaluation.bits_per_byte, 3),
+            _number(evaluation.word_perplexity, 0),
             f"{evaluation.tokens_per_second:,.0f}",
         )
     return Group(table, *(Text(line, style="dim") for line in protocol_lines(evaluations)))
@@ -130,8 +123,8 @@ def _against(evaluation: Evaluation, first: Evaluation) -> str:
     except InputError:
         return "other tokens"
     if compared.low is None or compared.high is None:
-        return f"x{compared.ratio:.4f}"
-    return f"x{compared.ratio:.4f} ({compared.low:.4f} to {compared.high:.4f})"
+        return f"x{compared.ratio:.3f}"
+    return f"x{compared.ratio:.3f} ({compared.low:.3f}-{compared.high:.3f})"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

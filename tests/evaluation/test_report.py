@@ -30,7 +30,7 @@ def test_numbers_and_protocol_stand_together(evaluations):
     for evaluation in evaluations.values():
         assert f"{evaluation.perplexity:,.2f}" in text
     ratio = evaluations["with memory"].compare(evaluations["model alone"]).ratio
-    assert f"x{ratio:.4f}" in text
+    assert f"x{ratio:.3f}" in text
     assert "sliding windows of 8 tokens, stride 3" in text
     assert "model alone: memory off" in text
     assert "with memory: memory fixed k=5 temperature=2, exact search, mixture lam=0.25" in text
