@@ -331,7 +331,7 @@ class AutomatonMemory:
         scores = scores / self.temperature
         bonus = self.config.multiplicity
         if not isinstance(bonus, str) and bonus:
-            scores = scores + bonus * contains(state.pointers[:, : self.config.max_knns], entries)
+            scores = scores + bonus * contains(state.pointers, entries)
         valid = entries >= 0
         if state.asleep is not None:
             valid &= ~state.asleep.unsqueeze(1)

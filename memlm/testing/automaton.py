@@ -86,7 +86,7 @@ class PlainAutomaton:
         if self.distinct:
             entries = list(dict.fromkeys(entries))
         self.retrieved = [(entry, self.similarity(query, entry)) for entry in entries]
-        on_pointer = set(pointers[: self.max_knns])
+        on_pointer = set(pointers)
         return [
             (
                 entry,

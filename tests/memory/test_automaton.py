@@ -246,6 +246,48 @@ def test_rows_are_selected_copied_and_dropped(options):
 
 
 @pytest.mark.parametrize("options", CASES)
+def test_rows_selected_twice_have_the_right_past(options):
+    memory = made(**options)
+    tokens, queries = text(rows=3, time=4)
+    first, second = torch.tensor([2, 0, 1]), torch.tensor([1, 1, 2])
+    _, states = walk(memory, tokens, queries)
+    moved = memory.select_rows(memory.select_rows(states[-1], first), second)
+    same_past(memory.crop(moved, 2), memory.select_rows(states[1], first[second]))
+
+
+class Spy:
+    """An index that counts the queries it is asked."""
+
+    def __init__(self, index):
+        self.index, self.calls = index, []
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getattr__(self, name):
+        return getattr(self.index, name)
+
+    def search(self, queries, k):
+        self.calls.append(len(queries))
+        return self.index.search(queries, k)
+
+
+def test_rows_that_must_search_share_one_call_and_sleepers_do_not():
+    store = repeated_text()
+    spy = Spy(ExactIndex(store.keys))
+    memory = AutomatonMemory(store, k=2, index=spy)
+    tokens, queries = own_text(store)
+    tokens, queries = tokens.repeat(3, 1), queries.repeat(3, 1, 1)
+    tokens[1, 5] = 9  # nobody proposes this one
+    valid = torch.ones_like(tokens, dtype=torch.bool)
+    valid[2, :4] = False
+    _, states = walk(memory, tokens[:, :8], queries[:, :8], valid=valid)
+    # both at the start, the sleeper when it wakes, the second row when it is surprised
+    assert spy.calls == [2, 1, 1]
+    assert states[3].pointers[2].max() == -1
+
+
+@pytest.mark.parametrize("options", CASES)
 def test_tokens_are_taken_back(options):
     memory = made(history=6, **options)
     tokens, queries = text(rows=3, time=12)
