@@ -49,6 +49,8 @@ from memlm.index.plan import POINTS_PER_CENTROID
 BUILDING = "building"
 ENTRIES_PER_CLUSTER = 100
 SAMPLE_PER_CLUSTER = 40
+# What FAISS's k-means uses of a larger sample.
+MOST_POINTS_PER_CENTROID = 256
 _BLOCK_ROWS = 1 << 18
 
 
@@ -75,15 +77,32 @@ class ClusterConfig(Config):
 
 
 class ClusterPlan(NamedTuple):
-    """What `cluster_store` would do: clusters, keys to train on, and what differs from the wish."""
+    """What `cluster_store` would do.
+
+    Attributes:
+        clusters: how many.
+        sample: keys the centroids are trained on.
+        bytes: of the file.
+        operations: multiply-adds of the training and the assignment.
+        warnings: departures from what was asked, one sentence each.
+        text: the plan in one line, to print before clustering.
+    """
 
     clusters: int
     sample: int
+    bytes: int
+    operations: int
     warnings: tuple[str, ...]
+    text: str
 
 
-def plan_clusters(count: int, config: ClusterConfig) -> ClusterPlan:
-    """Sizes for ``count`` keys; fewer clusters than asked for where k-means would starve.
+def plan_clusters(count: int, dim: int, config: ClusterConfig) -> ClusterPlan:
+    """Work out sizes and cost; fewer clusters than asked for where k-means would starve.
+
+    Args:
+        count: keys.
+        dim: width of a key.
+        config: what is wanted.
 
     Raises:
         InputError: if there are no keys.
@@ -91,14 +110,22 @@ def plan_clusters(count: int, config: ClusterConfig) -> ClusterPlan:
     check(count > 0, "clustering needs at least one key, got an empty store; extract one first")
     clusters = config.clusters or max(1, count // ENTRIES_PER_CLUSTER)
     sample = min(count, config.sample or SAMPLE_PER_CLUSTER * clusters)
-    if clusters * POINTS_PER_CENTROID <= sample or clusters == 1:
-        return ClusterPlan(clusters, sample, ())
-    fewer = max(1, sample // POINTS_PER_CENTROID)
-    warning = (
-        f"{clusters:,} clusters need {clusters * POINTS_PER_CENTROID:,} keys to train on "
-        f"({POINTS_PER_CENTROID} each), got {sample:,}; using {fewer:,} clusters"
+    warning = ()
+    if clusters * POINTS_PER_CENTROID > sample and clusters > 1:
+        fewer = max(1, sample // POINTS_PER_CENTROID)
+        warning = (
+            f"{clusters:,} clusters need {clusters * POINTS_PER_CENTROID:,} keys to train on "
+            f"({POINTS_PER_CENTROID} each), got {sample:,}; using {fewer:,} clusters",
+        )
+        clusters = fewer
+    trained = min(sample, MOST_POINTS_PER_CENTROID * clusters)
+    operations = (config.iterations * trained + count) * clusters * dim
+    size = 8 * count + 8 * (clusters + 1)
+    text = (
+        f"{clusters:,} clusters of {count:,} keys of {dim} dimensions, trained on {trained:,} "
+        f"keys: {operations:.2g} multiply-adds, {size / 1e6:.3g} MB"
     )
-    return ClusterPlan(fewer, sample, (warning,))
+    return ClusterPlan(clusters, sample, size, operations, warning, text)
 
 
 def cluster_store(
@@ -129,7 +156,7 @@ def cluster_store(
         StoreError: if the directory cannot be written.
     """
     config = config or ClusterConfig()
-    plan = plan_clusters(len(as_keys(store)), config)
+    plan = plan_clusters(len(as_keys(store)), store.dim, config)
     for message in plan.warnings:
         warnings.warn(message, UserWarning, stacklevel=2)
     if directory is None and hasattr(store, "path"):
@@ -169,7 +196,8 @@ def train_centroids(
         niter=iterations,
         seed=seed,
         spherical=spherical,
-        min_points_per_centroid=1,
+        min_points_per_centroid=1,  # the plan has seen to it
+        max_points_per_centroid=MOST_POINTS_PER_CENTROID,
     )
     kmeans.train(sample)
     return torch.from_numpy(np.asarray(kmeans.centroids, np.float32))

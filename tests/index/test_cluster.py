@@ -212,15 +212,24 @@ def test_a_folder_that_cannot_be_written(store):
 
 
 def test_the_plan():
-    assert plan_clusters(100_000, ClusterConfig()) == (1000, 40_000, ())
-    assert plan_clusters(100_000, ClusterConfig(sample=90_000)).sample == 90_000
-    assert plan_clusters(50, ClusterConfig()) == (1, 40, ())
-    clusters, sample, messages = plan_clusters(1000, ClusterConfig(clusters=100))
-    assert (clusters, sample) == (25, 1000)
-    assert "100 clusters need 3,900 keys" in messages[0]
-    assert plan_clusters(10, ClusterConfig(clusters=3)).clusters == 1
+    assert plan_clusters(100_000, 8, ClusterConfig())[:2] == (1000, 40_000)
+    assert plan_clusters(100_000, 8, ClusterConfig(sample=90_000)).sample == 90_000
+    assert plan_clusters(50, 8, ClusterConfig())[:2] == (1, 40)
+    plan = plan_clusters(1000, 8, ClusterConfig(clusters=100))
+    assert plan[:2] == (25, 1000)
+    assert "100 clusters need 3,900 keys" in plan.warnings[0]
+    assert plan_clusters(10, 8, ClusterConfig(clusters=3)).clusters == 1
     with pytest.raises(InputError, match="at least one key"):
-        plan_clusters(0, ClusterConfig())
+        plan_clusters(0, 8, ClusterConfig())
+
+
+def test_the_plan_states_the_cost(store):
+    plan = plan_clusters(600, 6, ClusterConfig(clusters=2, sample=600, iterations=3))
+    assert plan.operations == (3 * 512 + 600) * 2 * 6  # k-means takes 256 keys per cluster
+    assert plan.text.startswith("2 clusters of 600 keys of 6 dimensions, trained on 512 keys")
+    cluster(store, ClusterConfig(clusters=2))
+    size = (store.path / "automaton" / "clusters.safetensors").stat().st_size
+    assert plan.bytes == pytest.approx(size, abs=400)  # the header
 
 
 def test_too_few_keys_warn_and_faiss_keeps_quiet(capfd):
