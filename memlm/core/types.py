@@ -127,9 +127,7 @@ class TokenMemory(Protocol):
         """
         ...
 
-    def observe(
-        self, tokens: Tensor, keys: Tensor, state: Any, valid: Tensor | None = None
-    ) -> Any:
+    def observe(self, tokens: Tensor, keys: Tensor, state: Any, valid: Tensor | None = None) -> Any:
         """Tell the memory which tokens really came, before ``read`` at their positions.
 
         Args:
