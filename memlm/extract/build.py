@@ -51,6 +51,7 @@ from memlm.store.reader import Datastore
 from memlm.store.writer import StoreWriter
 
 _POLL_SECONDS = 0.2
+_LOOK_SECONDS = 1.0  # between looks at what all workers have finished, for the progress bar
 
 
 def build_datastore(
@@ -115,6 +116,7 @@ def build_datastore(
         while pending := writer.pending():
             if not _work(writer, pending, model, corpus, table, tap, shown):
                 time.sleep(_POLL_SECONDS)
+        shown.update(len(writer.manifest) - shown.n)
     return writer.finalize()
 
 
@@ -240,7 +242,7 @@ def _work(
     shown: Any = None,
 ) -> bool:
     """Do the ranges among ``numbers`` that nobody else holds; says whether there was one."""
-    worked = False
+    worked, looked = False, 0.0
     manifest = writer.manifest
     for number in numbers:
         with writer.claim(number) as mine:
@@ -250,7 +252,8 @@ def _work(
                 writer.write(
                     number, *extract_range(model, corpus, table, tap, manifest.identity, planned)
                 )
-        if shown is not None:
+        if shown is not None and time.monotonic() >= looked + _LOOK_SECONDS:
+            looked = time.monotonic()
             shown.update(writer.finished_rows() - shown.n)
     return worked
 
