@@ -44,6 +44,7 @@ from memlm.models.fingerprint import tokenizer_hash
 from memlm.training.blocks import HeldOutBlocks, TrainingBlocks, collate, pack
 from memlm.training.config import TrainConfig
 from memlm.training.loss import head_cross_entropy
+from memlm.training.optimizer import muon_adamw
 from memlm.training.schedule import Clock, Schedule
 
 _UNLIMITED_STEPS = 10**9  # under a time budget, until the clock has fixed the number
@@ -220,6 +221,7 @@ class _BlockTrainer(Trainer):
         quiet: bool,
         callbacks: Sequence[TrainerCallback],
     ):
+        self.config = config
         self.precision = resolve_precision(config)
         self.schedule = Schedule(config.schedule, config.warmup_steps, config.max_steps)
         self.trained = model
@@ -273,6 +275,21 @@ class _BlockTrainer(Trainer):
             pin_memory=self.args.dataloader_pin_memory,
         )
         return self.accelerator.prepare(loader)
+
+    def create_optimizer(self, model=None):
+        """The Trainer's AdamW, or Muon for the matrices."""
+        if self.config.optimizer == "adamw":
+            return super().create_optimizer()
+        if self.optimizer is None:
+            self.optimizer = muon_adamw(
+                self.trained,
+                self.trained.lm_head.weight,
+                muon_learning_rate=self.config.muon_learning_rate,
+                learning_rate=self.config.learning_rate,
+                weight_decay=self.config.weight_decay,
+                betas=(self.config.beta1, self.config.beta2),
+            )
+        return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """Our schedule; its state travels in the checkpoints."""

@@ -28,7 +28,9 @@ class TrainConfig(Config):
         block_length: input tokens of one training example; also the model's context length.
         batch_blocks: examples per device and micro-batch.
         accumulate: micro-batches per optimiser step.
+        optimizer: ``"adamw"`` for all weights, or ``"muon"`` for the matrices inside the layers.
         learning_rate: its peak, reached after ``warmup_steps``.
+        muon_learning_rate: the peak for matrices under ``"muon"``; the rest has ``learning_rate``.
         schedule: how it decays afterwards, to zero at the last step.
         warmup_steps: optimiser steps of linear rise.
         weight_decay: AdamW's, on matrices only.
@@ -58,7 +60,9 @@ class TrainConfig(Config):
     block_length: int = 256
     batch_blocks: int = 8
     accumulate: int = 1
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = 3e-3
+    muon_learning_rate: float = 6e-3
     schedule: Literal["linear", "cosine", "constant"] = "linear"
     warmup_steps: int = 50
     weight_decay: float = 0.1
@@ -88,7 +92,9 @@ class TrainConfig(Config):
             "hidden_size must be an even multiple of heads (rotary positions turn pairs), "
             f"got {self.hidden_size} for {self.heads} heads",
         )
-        check(self.learning_rate > 0, f"learning_rate must be above zero, got {self.learning_rate}")
+        for name in ("learning_rate", "muon_learning_rate"):
+            value = getattr(self, name)
+            check(value > 0, f"{name} must be above zero, got {value}")
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
             check(0 <= value < 1, f"{name} must be from 0 up to below 1, got {value}")
@@ -162,6 +168,7 @@ _AT_LEAST_ONE = (
     "threads",
 )
 _CHOICES = {
+    "optimizer": ("adamw", "muon"),
     "schedule": ("linear", "cosine", "constant"),
     "precision": ("auto", "float32", "bfloat16"),
     "device": ("auto", "cpu"),

@@ -123,10 +123,12 @@ def test_global_random_states_and_threads_are_given_back(corpus, tokenizer, tmp_
     assert (torch.rand(1), random.random(), np.random.rand()) == expected
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize(("accumulate", "optimizer"), [(1, "adamw"), (2, "adamw"), (1, "muon")])
 @pytest.mark.parametrize("stop", [7, 9])
-def test_a_resumed_run_continues_identically(corpus, tokenizer, tmp_path, stop, accumulate):
-    config = settings(save_every=3, accumulate=accumulate, batch_blocks=2)
+def test_a_resumed_run_continues_identically(
+    corpus, tokenizer, tmp_path, stop, accumulate, optimizer
+):
+    config = settings(save_every=3, accumulate=accumulate, batch_blocks=2, optimizer=optimizer)
     whole = train(corpus, tokenizer, tmp_path / "whole", config, held_out=corpus)
     broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
@@ -218,6 +220,26 @@ def test_the_held_out_loss_is_exact_over_tokens(corpus, tokenizer, tmp_path):
     assert held_out["perplexity"] == pytest.approx(math.exp(float(nats) / count), rel=1e-5)
     text_bytes = sum(len(document.text.encode()) for document in TEXTS[:3])
     assert held_out["bits_per_byte"] == pytest.approx(float(nats) / math.log(2) / text_bytes)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_group_follows_the_schedule(corpus, tokenizer, tmp_path, optimizer):
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, optimizer=None, **kwargs):
+            # The groups that really step: those of the innermost optimisers.
+            inner = optimizer.optimizer
+            for child in (getattr(inner, "_muon", inner), getattr(inner, "_adamw", inner)):
+                rates.append([group["lr"] / group["initial_lr"] for group in child.param_groups])
+
+    config = settings(optimizer=optimizer, max_steps=8)
+    train(corpus, tokenizer, tmp_path, config, callbacks=[Watch()])
+    assert len(rates) == 16
+    for step in range(8):
+        expected = min(1.0, (step + 2) / 4, 1 - (step + 1) / 8)
+        for group in rates[2 * step] + rates[2 * step + 1]:
+            assert group == pytest.approx(expected)
 
 
 def test_evaluations_on_the_way_are_reported(corpus, tokenizer, tmp_path):

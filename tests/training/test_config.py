@@ -18,6 +18,8 @@ from memlm.training.config import PRESETS, TrainConfig
         ({"heads": 3}, "even multiple of heads"),
         ({"hidden_size": 12, "heads": 4}, "even multiple of heads"),
         ({"learning_rate": 0.0}, "learning_rate must be above zero"),
+        ({"muon_learning_rate": -1.0}, "muon_learning_rate must be above zero"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
         ({"beta2": 1.0}, "beta2 must be from 0"),
         ({"max_seconds": 3.0}, "exactly one of max_steps and max_seconds"),
         ({"max_steps": None}, "exactly one of max_steps and max_seconds"),
