@@ -202,7 +202,7 @@ def library_splits() -> Splits:
 
 
 def index_config(store: Datastore) -> IndexConfig:
-    """The paper's preset scaled down: sqrt(N) lists of which 32 are visited, a byte per 4 numbers."""
+    """The paper's preset scaled down: sqrt(N) lists, 32 of them visited, a byte per 4 numbers."""
     lists = max(1, round(len(store) ** 0.5))
     return IndexConfig(
         type="ivfpq",
