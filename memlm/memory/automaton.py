@@ -42,7 +42,7 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.types import Candidates, Index, SearchResult, TargetPartial
-from memlm.index.keys import as_keys, load_if_it_fits
+from memlm.index.keys import load_if_it_fits
 from memlm.index.partition import Clusters
 from memlm.memory.automaton_config import (
     GIVEN,
@@ -70,12 +70,14 @@ from memlm.memory.pointers import (
     first_copies,
     follow,
     members,
+    pair_scores,
+    table,
 )
-from memlm.memory.scores import similarity
 from memlm.ops.tokens import target_partial
 
-# Numbers (keys x dim) scored at a time: on the CPU they stay in the processor's cache.
-_CHUNK_NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 27}
+# Numbers (keys x dim) scored at a time: on the CPU they stay in the processor's cache, and an
+# allocation is small enough not to be given fresh pages every time.
+_CHUNK_NUMBERS = {"cpu": 1 << 17, "cuda": 1 << 27}
 
 
 class AutomatonMemory:
@@ -155,14 +157,19 @@ class AutomatonMemory:
         self.store, self.index = store, searched.index
         self.k, self.temperature = searched.k, searched.temperature
         self.clusters = find_clusters(store, clusters)
-        self._keys = as_keys(keys)
-        self._keys_place = "in memory" if isinstance(keys, Tensor) else "on disk"
-        self._values = torch.as_tensor(store.values).reshape(-1).to(self.device)
-        self._successors = find_successors(store, successors).to(self.device)
-        self._table = None if self.clusters is None else cluster_table(self.clusters, self.device)
+        self._keys = keys
+        values = torch.as_tensor(store.values).reshape(-1)
+        following = find_successors(store, successors)
+        self._values = table(values, self.device)
+        self._successors = table(following, self.device)
+        # What must come for the walk to go on at an entry: no token is -1.
+        self._agreeing = table(values.masked_fill(following < 0, -1), self.device)
+        self._clusters = (
+            None if self.clusters is None else cluster_table(self.clusters, self.device)
+        )
         self._distinct = multiplicity != "legacy"
         # Only successors given by hand can lead from two entries to one.
-        self._joining = self._distinct and joins(self._successors, self.config.successors)
+        self._joining = self._distinct and joins(following, self.config.successors)
 
     @classmethod
     def from_config(
@@ -237,9 +244,7 @@ class AutomatonMemory:
 
     def _follow(self, token: Tensor, awake: Tensor | None, state: AutomatonState) -> Tensor:
         """Successors of the retrieved entries that agree with the token, best first."""
-        entries = state.entries.clamp(min=0)
-        keep = (state.entries >= 0) & (self._values[entries] == token.unsqueeze(1))
-        keep &= self._successors[entries] >= 0
+        keep = self._agreeing[state.entries] == token.unsqueeze(1)
         if awake is not None:
             keep &= awake.unsqueeze(1)
         pointers = follow(state.entries, state.scores, keep, self._successors)
@@ -272,71 +277,78 @@ class AutomatonMemory:
         searching = (state.pointers >= 0).sum(1) < self.config.min_knns
         if state.asleep is not None:
             searching &= ~state.asleep
-        found = self._search(query, searching)
-        followed = self._extend(state.pointers)
-        if self._distinct:
-            followed = followed.masked_fill(contains(found.ids, followed), -1)
-        entries = torch.cat([found.ids, followed], dim=1)
+        rows_to_search = searching.nonzero().squeeze(-1)
+        followed, found = self._extend(state.pointers), None
+        entries = followed
+        if len(rows_to_search):
+            found = self._search(query, rows_to_search)
+            if self._distinct:
+                followed = followed.masked_fill(contains(found.ids, followed), -1)
+            entries = torch.cat([found.ids, followed], dim=1)
         if self.config.scores == "exact":
-            scores = self._score(query, entries, self._keys.gather)
+            scores = self._score(query, entries, self._gather)
         else:
-            keys_of = getattr(self.index, "reconstruct", self._keys.gather)
-            scores = self._score(query, followed, keys_of)
-            scores = torch.cat([found.scores.to(scores), scores], dim=1)
+            scores = self._score(query, followed, getattr(self.index, "reconstruct", self._gather))
+            if found is not None:
+                scores = torch.cat([found.scores, scores], dim=1)
         candidates = self._candidates(entries, scores, state)
-        state = retrieved(state, entries, scores, searching)
+        state = retrieved(state, entries, scores, None if found is None else searching)
         return Candidates(*(part.to(place) for part in candidates)), state
 
-    def _search(self, query: Tensor, searching: Tensor) -> SearchResult:
-        """What the rows that must search find, in one call; (-1, -inf) for the others."""
-        rows = searching.nonzero().squeeze(-1)
-        shape = (len(query), self.k if len(rows) else 0)
+    def _search(self, query: Tensor, rows: Tensor) -> SearchResult:
+        """What ``rows`` find, in one call; (-1, -inf) for the other rows."""
+        found = self.index.search(query[rows], self.k)
+        shape = (len(query), self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         scores = query.new_full(shape, -torch.inf)
-        if len(rows):
-            found = self.index.search(query[rows], self.k)
-            ids[rows], scores[rows] = found.ids.to(ids), found.scores.to(scores)
+        ids[rows], scores[rows] = found.ids.to(ids), found.scores.to(scores)
         return SearchResult(scores, ids)
 
     def _extend(self, pointers: Tensor) -> Tensor:
         """Pointers, then the members of their clusters: ``max_knns`` in all, at most."""
         most = self.config.max_knns
         pointers = pointers[:, :most]
-        if self._table is None or pointers.shape[1] == 0:
+        if self._clusters is None or pointers.shape[1] == 0:
             return pointers
-        more = members(pointers, self._table, most)
+        more = members(pointers, self._clusters, most)
         if self._distinct:
             more = more.masked_fill(contains(pointers, more), -1)
         followed = torch.cat([pointers, more], dim=1)
+        if followed.shape[1] <= most:
+            return followed
         return followed.masked_fill((followed >= 0).cumsum(1) > most, -1)
 
     def _score(self, query: Tensor, entries: Tensor, keys_of: Callable[[Tensor], Tensor]) -> Tensor:
         """Similarity of every entry ``(rows, width)``, -inf where there is none."""
-        scores = query.new_full(entries.shape, -torch.inf)
-        row, column = (entries >= 0).nonzero(as_tuple=True)
-        if len(row) == 0:
+        scores, present = query.new_full(entries.shape, -torch.inf), entries >= 0
+        ids = entries[present]
+        if len(ids) == 0:
             return scores
+        row = None if len(query) == 1 else present.nonzero(as_tuple=True)[0]
         size = max(1, _CHUNK_NUMBERS[self.device.type] // query.shape[1])
         parts = []
-        for some, ids in zip(row.split(size), entries[row, column].split(size), strict=True):
-            keys = keys_of(ids).to(query).unsqueeze(1)
-            parts.append(similarity(query[some], keys, self.index.metric).squeeze(1))
-        scores[row, column] = torch.cat(parts)
-        return scores
+        for begin in range(0, len(ids), size):
+            here = slice(begin, begin + size)
+            mine = query if row is None else query.index_select(0, row[here])
+            parts.append(pair_scores(mine, keys_of(ids[here]).to(query), self.index.metric))
+        return scores.masked_scatter_(present, torch.cat(parts))
+
+    def _gather(self, ids: Tensor) -> Tensor:
+        keys = self._keys
+        return keys.index_select(0, ids) if isinstance(keys, Tensor) else keys.gather(ids)
 
     def _candidates(self, entries: Tensor, scores: Tensor, state: AutomatonState) -> Candidates:
         if entries.shape[1] == 0:  # one empty column: not every reader takes a width of zero
             entries = entries.new_full((len(entries), 1), -1)
             scores = scores.new_full(entries.shape, -torch.inf)
+        valid = entries >= 0
+        if state.asleep is not None:
+            valid &= ~state.asleep.unsqueeze(1)
         scores = scores / self.temperature
         bonus = self.config.multiplicity
         if not isinstance(bonus, str) and bonus:
             scores = scores + bonus * contains(state.pointers, entries)
-        valid = entries >= 0
-        if state.asleep is not None:
-            valid &= ~state.asleep.unsqueeze(1)
-        tokens = self._values[entries.clamp(min=0)].long()
-        return Candidates(scores, tokens, entries, valid)
+        return Candidates(scores, self._values[entries].long(), entries, valid)
 
     def score(
         self, query: Tensor, targets: Tensor, state: AutomatonState
@@ -372,7 +384,8 @@ class AutomatonMemory:
         the published code prints instead: it forgets the steps after the last search of each
         sequence (None before the first search).
         """
-        steps, searches, _, saved = state.counters.sum(0).tolist()
+        steps, searches, last = (int(counter.sum()) for counter in state.counters)
+        saved = last - searches  # all other steps up to the last search
         return {
             "entries": len(self),
             "states": self.states,
@@ -396,14 +409,14 @@ class AutomatonMemory:
         """How many different states a state leads to, on average."""
         here = (self._successors >= 0).nonzero().squeeze(-1)
         there = self._successors[here].long()
-        if self.clusters is None or self._table is None:
+        if self.clusters is None or self._clusters is None:
             return len(here) / len(self)
-        count, cluster_of = len(self.clusters), self._table.cluster_of
+        none, cluster_of = len(self.clusters), self._clusters.cluster_of
         here, there = (
-            torch.where(cluster_of[some] >= 0, cluster_of[some].long(), count + some)
+            torch.where(cluster_of[some] < none, cluster_of[some].long(), none + some)
             for some in (here, there)
         )
-        return len((here * (count + len(self)) + there).unique()) / self.states
+        return len((here * (none + len(self)) + there).unique()) / self.states
 
     def describe(self) -> dict[str, Any]:
         """Settings in force, the store's fingerprint, clusters, and the index with its recall."""
@@ -420,7 +433,7 @@ class AutomatonMemory:
             "multiplicity": self.config.multiplicity,
             "successors": successors,
             "scores": self.config.scores,
-            "keys": self._keys_place,
+            "keys": "in memory" if isinstance(self._keys, Tensor) else "on disk",
             "clusters": None if self.clusters is None else self.clusters.describe(),
             "store": self.store.fingerprint,
             "index": self.index.describe(),

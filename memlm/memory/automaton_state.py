@@ -14,19 +14,33 @@ from torch import Tensor
 from memlm.core.config import check
 
 
+class Counters(NamedTuple):
+    """What each sequence has cost, all ``(rows,)`` int64.
+
+    Attributes:
+        steps: reads.
+        searches: reads that searched.
+        last: the step of the last search, counted from 1; 0 before the first.
+    """
+
+    steps: Tensor
+    searches: Tensor
+    last: Tensor
+
+
 class Past(NamedTuple):
     """What the rows were after an earlier position.
 
     Attributes:
         entries: ``(earlier rows, width)``, as in `AutomatonState`.
         scores: alike.
-        counters: ``(earlier rows, 4)``.
+        counters: of the earlier rows.
         rows: ``(rows,)`` int64, the earlier row that each row of today was; None: the same.
     """
 
     entries: Tensor
     scores: Tensor
-    counters: Tensor
+    counters: Counters
     rows: Tensor | None
 
 
@@ -40,8 +54,7 @@ class AutomatonState(NamedTuple):
         pointers: ``(rows, pointers)`` int64, the successors of those that agreed with the token
             observed since, best first; -1 padding.
         asleep: ``(rows,)`` bool, rows whose last observed position was padding; None: none.
-        counters: ``(rows, 4)`` int64: steps, searches, steps since the last search, and such steps
-            that were followed by another search.
+        counters: what each row has cost.
         history: what `taken_back` may go back to, oldest first.
         length: positions observed, padding included.
     """
@@ -50,7 +63,7 @@ class AutomatonState(NamedTuple):
     scores: Tensor
     pointers: Tensor
     asleep: Tensor | None
-    counters: Tensor
+    counters: Counters
     history: tuple[Past, ...]
     length: int
 
@@ -64,7 +77,7 @@ def new_state(rows: int, device: torch.device) -> AutomatonState:
         scores=torch.empty(rows, 0, device=device),
         pointers=nothing,
         asleep=None,
-        counters=torch.zeros(rows, 4, dtype=torch.int64, device=device),
+        counters=Counters(*torch.zeros(3, rows, dtype=torch.int64, device=device)),
         history=(),
         length=0,
     )
@@ -91,7 +104,7 @@ def stepped(
 
 
 def retrieved(
-    state: AutomatonState, entries: Tensor, scores: Tensor, searched: Tensor
+    state: AutomatonState, entries: Tensor, scores: Tensor, searched: Tensor | None
 ) -> AutomatonState:
     """The state after a read; rows that were asleep stay as they were.
 
@@ -99,21 +112,30 @@ def retrieved(
         state: before.
         entries: ``(rows, width)`` that were retrieved, -1 where there is none.
         scores: their similarity.
-        searched: ``(rows,)`` bool.
+        searched: ``(rows,)`` bool; None: no row did.
     """
-    steps, searches, run, saved = state.counters.unbind(1)
-    one = searched.long()
-    counters = torch.stack(
-        [steps + 1, searches + one, (run + 1) * (1 - one), saved + run * one], dim=1
-    )
+    counters = _counted(state.counters, searched)
     if state.asleep is not None:
         asleep = state.asleep.unsqueeze(1)
         width = max(entries.shape[1], state.entries.shape[1])
         entries = torch.where(asleep, _widen(state.entries, width, -1), _widen(entries, width, -1))
         before = _widen(state.scores.to(scores), width, -torch.inf)
         scores = torch.where(asleep, before, _widen(scores, width, -torch.inf))
-        counters = torch.where(asleep, state.counters, counters)
+        counters = Counters(
+            *(
+                torch.where(state.asleep, old, new)
+                for old, new in zip(state.counters, counters, strict=True)
+            )
+        )
     return state._replace(entries=entries, scores=scores, counters=counters)
+
+
+def _counted(counters: Counters, searched: Tensor | None) -> Counters:
+    steps = counters.steps + 1
+    if searched is None:
+        return counters._replace(steps=steps)
+    last = torch.where(searched, steps, counters.last)
+    return Counters(steps, counters.searches + searched, last)
 
 
 def selected(state: AutomatonState, index: Tensor) -> AutomatonState:
@@ -127,7 +149,7 @@ def selected(state: AutomatonState, index: Tensor) -> AutomatonState:
         scores=state.scores[index],
         pointers=state.pointers[index],
         asleep=None if state.asleep is None else state.asleep[index],
-        counters=state.counters[index],
+        counters=Counters(*(counter[index] for counter in state.counters)),
         history=history,
         length=state.length,
     )
@@ -157,7 +179,7 @@ def taken_back(state: AutomatonState, length: int) -> AutomatonState:
     return fresh._replace(
         entries=past.entries[rows],
         scores=past.scores[rows],
-        counters=past.counters[rows],
+        counters=Counters(*(counter[rows] for counter in past.counters)),
         history=state.history[:-back],
         length=length,
     )

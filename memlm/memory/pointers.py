@@ -5,11 +5,13 @@ the token that came, and goes on at the entries that follow them in the text. Th
 walks such lists entry by entry in Python. Here a batch of sequences is one matrix ``(rows, width)``
 and every step a few operations on it:
 
-    follow     keep the entries that proposed the token, best first, and step to their successors
-    members    the entries that share a cluster with a pointer, most hit clusters first
-    contains   which numbers of a row are among the pointers of that row
+    follow       keep the entries that proposed the token, best first, and step to their successors
+    members      the entries that share a cluster with a pointer, most hit clusters first
+    contains     which numbers of a row are among the pointers of that row
+    pair_scores  how near each key is to its own query
 
-Nothing here knows keys, distances or tokens.
+Looking something up for every entry of a row is one indexing operation, padding included: a table
+has one more place at its end, which is where -1 leads.
 """
 
 from typing import NamedTuple
@@ -19,16 +21,17 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.index.partition import Clusters
+from memlm.memory.scores import similarity
 
 
 class ClusterTable(NamedTuple):
-    """Clusters as the step looks them up, on one device.
+    """Clusters as the step looks them up; one more cluster, empty, stands for none.
 
     Attributes:
-        cluster_of: ``(entries,)`` cluster of an entry, -1 for none.
-        begin: ``(clusters + 1,)`` int64, where members begin; one more row, empty, stands for none.
-        size: ``(clusters + 1,)`` int64, number of members; the last is 0.
-        members: ``(assigned,)`` entries, cluster after cluster.
+        cluster_of: ``(entries + 1,)`` cluster of an entry.
+        begin: ``(clusters + 1,)`` int64, where members begin.
+        size: ``(clusters + 1,)`` int64, number of members.
+        members: ``(assigned + 1,)`` entries, cluster after cluster, and -1.
     """
 
     cluster_of: Tensor
@@ -38,14 +41,19 @@ class ClusterTable(NamedTuple):
 
 
 def cluster_table(clusters: Clusters, device: torch.device) -> ClusterTable:
-    """The clusters on ``device``, with a last, empty cluster for entries that are in none."""
-    size = torch.nn.functional.pad(clusters.offsets.diff(), (0, 1))
+    """The clusters on ``device``."""
+    cluster_of = table(clusters.cluster_of, device)
     return ClusterTable(
-        clusters.cluster_of.to(device),
+        cluster_of.masked_fill_(cluster_of < 0, len(clusters)),
         clusters.offsets.to(device),
-        size.to(device),
-        clusters.members.to(device),
+        torch.nn.functional.pad(clusters.offsets.diff(), (0, 1)).to(device),
+        table(clusters.members, device),
     )
+
+
+def table(values: Tensor, device: torch.device) -> Tensor:
+    """A copy of ``values`` on ``device`` with -1 behind the last, where the number -1 leads."""
+    return torch.nn.functional.pad(values, (0, 1), value=-1).to(device)
 
 
 def next_entries(
@@ -94,10 +102,13 @@ def compact(keep: Tensor, *values: Tensor, fill: tuple[float, ...]) -> tuple[Ten
         values: each ``(rows, width)``.
         fill: what to pad each of ``values`` with.
     """
+    rows, width = keep.shape
+    if width == 0:
+        return values
+    place = keep.cumsum(1)
+    shape = (rows, int(place[:, -1].max()))
     row, column = keep.nonzero(as_tuple=True)
-    counts = torch.bincount(row, minlength=len(keep))
-    place = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]
-    shape = (len(keep), int(counts.max()) if len(row) else 0)
+    place = place[row, column] - 1
     packed = []
     for value, empty in zip(values, fill, strict=True):
         out = value.new_full(shape, empty)
@@ -113,7 +124,7 @@ def follow(entries: Tensor, scores: Tensor, keep: Tensor, successors: Tensor) ->
         entries: ``(rows, width)`` int64.
         scores: ``(rows, width)``; the higher the better, ties in order.
         keep: ``(rows, width)`` bool, false where an entry has no successor.
-        successors: ``(store entries,)``.
+        successors: ``(store entries + 1,)``, a `table`.
 
     Returns:
         ``(rows, most kept)`` int64, padded with -1.
@@ -122,58 +133,51 @@ def follow(entries: Tensor, scores: Tensor, keep: Tensor, successors: Tensor) ->
     if kept.shape[1] == 0:
         return kept
     order = torch.argsort(score, dim=1, descending=True, stable=True)
-    kept = kept.gather(1, order)
-    pointers = successors[kept.clamp(min=0)].long()
-    return pointers.masked_fill_(kept < 0, -1)
+    return successors[kept.gather(1, order)].long()
 
 
-def members(pointers: Tensor, table: ClusterTable, most: int) -> Tensor:
+def members(pointers: Tensor, clusters: ClusterTable, most: int) -> Tensor:
     """The members of all clusters that pointers of a row are in.
 
     Clusters with more pointers come first, equal ones by number; members in ascending order.
 
     Args:
         pointers: ``(rows, pointers)`` int64, padded with -1.
-        table: the clusters.
+        clusters: of the store.
         most: members per row, at most.
 
     Returns:
         ``(rows, up to most)`` int64, padded with -1.
     """
-    none = len(table.size) - 1
     rows, width = pointers.shape
-    if width == 0 or len(table.members) == 0:
-        return pointers.new_empty(rows, 0)
-    cluster = table.cluster_of[pointers.clamp(min=0)].long()
-    cluster = cluster.masked_fill_((pointers < 0) | (cluster < 0), none).sort(dim=1).values
+    if width == 0:
+        return pointers
+    cluster = clusters.cluster_of[pointers].long().sort(dim=1).values
     # Equal neighbours are one cluster: number the clusters of a row, and count their pointers.
-    first = torch.ones_like(cluster, dtype=torch.bool)
-    first[:, 1:] = cluster[:, 1:] != cluster[:, :-1]
-    rank = first.cumsum(1) - 1
+    changed = cluster[:, 1:] != cluster[:, :-1]
+    rank = torch.nn.functional.pad(changed, (1, 0)).cumsum(1)
+    none = len(clusters.size) - 1
     distinct = torch.full_like(cluster, none).scatter_(1, rank, cluster)
-    counts = torch.zeros_like(cluster).scatter_add_(1, rank, (cluster != none).long())
+    counts = torch.zeros_like(cluster).scatter_add_(1, rank, torch.ones_like(rank))
     order = torch.argsort(counts, dim=1, descending=True, stable=True)
     distinct = distinct.gather(1, order)
-    # Laid end to end, column j of a row is member j - start of the cluster that ends behind j.
-    size = table.size[distinct]
+    # Laid end to end, column j of a row is in the first cluster that ends behind j.
+    size = clusters.size[distinct]
     end = size.cumsum(1)
     columns = min(int(end[:, -1].max()), most)
-    column = torch.arange(columns, device=pointers.device).expand(rows, columns).contiguous()
-    which = torch.searchsorted(end, column, right=True)
-    outside = which >= width
-    which = which.clamp_(max=width - 1)
-    place = (table.begin[distinct] - end + size).gather(1, which) + column
-    place = place.masked_fill_(outside, 0)
-    return table.members[place].long().masked_fill_(outside, -1)
+    column = torch.arange(columns, device=pointers.device).expand(rows, -1).contiguous()
+    which = torch.searchsorted(end, column, right=True).clamp_(max=width - 1)
+    place = (clusters.begin[distinct] + size - end).gather(1, which) + column
+    return clusters.members[place.masked_fill_(column >= end[:, -1:], -1)].long()
 
 
 def contains(pool: Tensor, values: Tensor) -> Tensor:
-    """Which ``values`` ``(rows, n)`` are in their row of ``pool`` ``(rows, m)``; -1 never is."""
+    """Which ``values`` ``(rows, n)`` are in their row of ``pool`` ``(rows, m)``; -1 may be, too."""
     if pool.shape[1] == 0 or values.shape[1] == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     pool = pool.sort(dim=1).values
     place = torch.searchsorted(pool, values.contiguous()).clamp_(max=pool.shape[1] - 1)
-    return (pool.gather(1, place) == values) & (values >= 0)
+    return pool.gather(1, place) == values
 
 
 def first_copies(entries: Tensor) -> Tensor:
@@ -183,3 +187,19 @@ def first_copies(entries: Tensor) -> Tensor:
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
     repeated = torch.zeros_like(again).scatter_(1, order, again)
     return ~repeated & (entries >= 0)
+
+
+def pair_scores(queries: Tensor, keys: Tensor, metric: str) -> Tensor:
+    """How near each key is to its own query, in difference form; higher is nearer.
+
+    Args:
+        queries: ``(pairs, dim)``, or ``(1, dim)`` for all.
+        keys: ``(pairs, dim)`` of the same dtype; overwritten.
+        metric: "l2" (minus the squared distance), "ip" or "cosine".
+
+    Returns:
+        ``(pairs,)``.
+    """
+    if metric == "l2":
+        return torch.linalg.vector_norm(keys.sub_(queries), dim=-1).square_().neg_()
+    return similarity(queries.expand_as(keys), keys.unsqueeze(1), metric).squeeze(1)

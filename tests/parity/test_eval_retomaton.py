@@ -92,10 +92,10 @@ class Walk:
             came = labels[(place - 1).clamp(min=0)].unsqueeze(1)
             mask = {} if bool(awake.all()) else {"valid": awake.unsqueeze(1)}
             state = memory.observe(came, queries[place].unsqueeze(1), state, **mask)
-            pointers, searches = state.pointers, state.counters[:, 1]
+            pointers, searches = state.pointers, state.counters.searches
             candidates, state = memory.read(queries[place], state)
             partial = target_partial(candidates, labels[place])
-            searched = state.counters[:, 1] > searches
+            searched = state.counters.searches > searches
             found = memory.k if bool(searched.any()) else 0  # columns of found entries come first
             for row in awake.nonzero().squeeze(-1).tolist():
                 step, entries = int(place[row]), state.entries[row]
