@@ -1,10 +1,10 @@
 """Muon for the matrices inside the model, AdamW for the rest, as one optimiser.
 
 Muon (Jordan et al. 2024) replaces the momentum of a weight *matrix* by the nearest orthogonal
-matrix (a few Newton-Schulz iterations), so every direction moves at the same speed; it learns from
-a given number of tokens like AdamW from about one and a half times as many. Tables and vectors
-(embedding and head, norms) are no matrices in this sense and stay with AdamW. The step is scaled to
-the size of AdamW's (Liu et al. 2025, section 2.2), so rates of both are of one order.
+matrix (a few Newton-Schulz iterations), so every direction moves at the same speed; small runs
+learn more from the same number of tokens than with AdamW alone. Tables and vectors (embedding and
+head, norms) are no matrices in this sense and stay with AdamW. The step is scaled to the size of
+AdamW's (Liu et al. 2025, section 2.2), so rates of both are of one order.
 
 Both optimisers are torch's own. Here they share one list of groups and one state, so schedules,
 checkpoints and ``accelerate`` see a single ordinary optimiser.

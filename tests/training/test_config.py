@@ -63,3 +63,8 @@ def test_the_repeatable_run_keeps_everything_else():
     assert repeated.max_steps == 12
     assert repeated.max_seconds is None
     assert repeated.seed == 3
+
+
+def test_stated_parameter_counts():
+    counts = {name: TrainConfig.preset(name).parameters(4096) for name in PRESETS}
+    assert counts == {"tiny": 1_180_800, "small": 5_065_472, "demo": 1_180_800}
