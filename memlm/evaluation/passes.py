@@ -5,15 +5,11 @@ wanted. The body of the model runs once per batch; then only the output rows bef
 go on: their final hidden states to the language-model head, in chunks, and their tap states to the
 memory. The (rows x vocabulary) logits of context tokens are never made.
 
-A memory without state answers all scored rows of a batch at once. A memory with state is walked
-through time, window by window from its first token: it observes the token that really came, then
-answers, also at context tokens, where its answer is dropped. So it does what the model with the
-memory attached does in one forward pass over the window. Its state begins empty in every window and
-ends with it, and padding is never shown to it, so the result does not depend on the batch.
+What a memory says about the scored rows is for `memlm.evaluation.walk`.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,7 +22,7 @@ from transformers import PreTrainedModel
 
 from memlm.core.config import check
 from memlm.core.errors import InputError
-from memlm.core.types import TargetPartial, TokenMemory
+from memlm.core.types import TargetPartial
 from memlm.data.batches import IGNORED, Batch, make_batch, plan_batches
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import Windows, WindowTable
@@ -55,8 +51,8 @@ class Stopwatch:
         return time.perf_counter()
 
 
-class Scored(NamedTuple):
-    """The scored rows of one batch, window after window, tokens in text order.
+class Rows(NamedTuple):
+    """Scored tokens, in any order.
 
     Attributes:
         base: ``(queries,)`` the model's own partial.
@@ -64,6 +60,49 @@ class Scored(NamedTuple):
         targets: ``(queries,)`` int64, the tokens that came.
         places: ``(queries,)`` int64, where each stands in the corpus.
         windows: ``(queries,)`` int64, the number of its window.
+    """
+
+    base: TargetPartial
+    queries: Tensor
+    targets: Tensor
+    places: NDArray[np.int64]
+    windows: NDArray[np.int64]
+
+    @classmethod
+    def join(cls, parts: Sequence["Rows"]) -> "Rows":
+        """All rows of at least one part, in order."""
+        if len(parts) == 1:
+            return parts[0]
+        base, queries, targets, places, windows = zip(*parts, strict=True)
+        return cls(
+            base=TargetPartial(*(torch.cat(values) for values in zip(*base, strict=True))),
+            queries=torch.cat(queries),
+            targets=torch.cat(targets),
+            places=np.concatenate(places),
+            windows=np.concatenate(windows),
+        )
+
+    def select(self, mask: Tensor) -> "Rows":
+        """The rows where ``mask`` ``(queries,)`` is true."""
+        here = mask.cpu().numpy()
+        return Rows(
+            base=TargetPartial(*(part[mask] for part in self.base)),
+            queries=self.queries[mask],
+            targets=self.targets[mask],
+            places=self.places[here],
+            windows=self.windows[here],
+        )
+
+
+class Scored(NamedTuple):
+    """One batch: its scored rows, window after window, tokens in text order.
+
+    Attributes:
+        base: see `Rows`.
+        queries: alike.
+        targets: alike.
+        places: alike.
+        windows: alike.
         batch: the batch behind them, on the model's device.
         states: ``(rows, width, dim)`` tap states of all inputs.
     """
@@ -76,6 +115,11 @@ class Scored(NamedTuple):
     batch: Batch
     states: Tensor
 
+    @property
+    def rows(self) -> Rows:
+        """The scored rows without the batch behind them."""
+        return Rows(self.base, self.queries, self.targets, self.places, self.windows)
+
 
 @dataclass(frozen=True)
 class Pass:
@@ -85,7 +129,7 @@ class Pass:
         model: causal language model.
         corpus: the tokens.
         table: the windows.
-        batches: window numbers per batch.
+        batch_tokens: most padded tokens in a batch.
         head: of the model.
         tap: where queries are read.
     """
@@ -93,18 +137,25 @@ class Pass:
     model: PreTrainedModel
     corpus: TokenCorpus
     table: WindowTable
-    batches: list[NDArray[np.int64]]
+    batch_tokens: int
     head: Head
     tap: Tap
 
-    def run(self, watch: Stopwatch) -> Iterator[Scored]:
+    def run(self, watch: Stopwatch, numbers: NDArray[np.int64] | None = None) -> Iterator[Scored]:
         """The scored rows, batch by batch; the time goes to ``watch`` under ``"model"``.
 
         The caller keeps gradients off and the model in evaluation mode (`frozen`).
+
+        Args:
+            watch: for the time.
+            numbers: ``(windows,)`` which windows to read; None: all.
         """
         inner, device = body(self.model), self.model.device
         final = find_tap(self.model, "final")
-        for numbers in self.batches:
+        chosen = np.arange(self.table.windows) if numbers is None else numbers
+        table = WindowTable(*(column[chosen] for column in self.table))
+        for batch_of in plan_batches(table, batch_tokens=self.batch_tokens):
+            numbers = chosen[batch_of]
             made = make_batch(self.corpus, self.table, numbers)
             batch = Batch(made.input_ids.to(device), made.targets.to(device), made.windows)
             scored = batch.targets != IGNORED
@@ -170,46 +221,21 @@ def plan_pass(
         model=model,
         corpus=corpus,
         table=table,
-        batches=plan_batches(table, batch_tokens=batch_tokens),
+        batch_tokens=batch_tokens,
         head=head,
         tap=find_tap(model, tap),
     )
 
 
-def memory_partial(memory: TokenMemory, scored: Scored, table: WindowTable) -> TargetPartial:
-    """What a memory says about the scored tokens of a batch, ``(queries,)`` like ``scored``."""
-    if memory.init_state(1) is None:
-        return memory.score(scored.queries, scored.targets, None)[0]
-    return _through_time(memory, scored, table)
-
-
-def _through_time(memory: TokenMemory, scored: Scored, table: WindowTable) -> TargetPartial:
-    (input_ids, targets, numbers), states = scored.batch, scored.states
-    widths = table.inputs[numbers]
-    # The longest windows come first, so that those that have ended are always the last rows.
-    rows = np.argsort(-widths, kind="stable")
-    chosen, state = torch.from_numpy(rows).to(targets.device), memory.init_state(len(rows))
-    lse = torch.zeros(targets.shape, dtype=scored.base.lse.dtype, device=targets.device)
-    target_lse = torch.zeros_like(lse)
-    for step in range(int(widths.max())):
-        alive = int((widths > step).sum())
-        if alive < len(chosen):
-            chosen = chosen[:alive]
-            state = memory.select_rows(state, torch.arange(alive, device=chosen.device))
-        here = slice(step, step + 1)
-        state = memory.observe(input_ids[chosen, here], states[chosen, here], state)
-        asked = targets[chosen, step].clamp(min=0)
-        partial, state = memory.score(states[chosen, step], asked, state)
-        lse[chosen, step] = partial.lse.to(lse)
-        target_lse[chosen, step] = partial.target_lse.to(lse)
-    mask = targets != IGNORED
-    return TargetPartial(lse[mask], target_lse[mask])
-
-
 def log_probabilities(
-    partial: TargetPartial, scored: Scored, corpus: TokenCorpus
+    partial: TargetPartial, places: NDArray[np.int64], corpus: TokenCorpus
 ) -> NDArray[np.float64]:
     """``log p`` of the scored tokens, float64.
+
+    Args:
+        partial: ``(queries,)`` of the model and what was merged with it.
+        places: ``(queries,)`` where the tokens stand in the corpus.
+        corpus: the tokens.
 
     Raises:
         InputError: if one is not finite, naming the token, its document and what may be wrong.
@@ -218,7 +244,7 @@ def log_probabilities(
     if np.isfinite(values).all():
         return values
     bad = int(np.flatnonzero(~np.isfinite(values))[0])
-    place = int(scored.places[bad])
+    place = int(places[bad])
     document = int(corpus.document_of(place))
     reason = (
         "the memory alone (lam = 1) gives probability zero to tokens that it does not propose: "

@@ -9,9 +9,9 @@ document; everything else (perplexity, bits per byte, intervals) is computed fro
 `memlm.evaluation.result.Evaluation`, which also carries the protocol.
 
 Source: kNN-LM (Khandelwal et al. 2020, eq. 3 and section 4), and the sliding-window evaluation of
-the Hugging Face documentation. Differs from the papers' code: the perplexity is token-weighted, a
-memory with state is never carried over from an unrelated window, and no result depends on the order
-or size of batches beyond floating-point rounding.
+the Hugging Face documentation. How a memory with state walks is in `memlm.evaluation.walk`. Differs
+from the papers' code: the perplexity is token-weighted, state is never carried over from unrelated
+text, and no result depends on the order or size of batches beyond floating-point rounding.
 """
 
 import platform
@@ -29,14 +29,16 @@ from memlm.core.threads import torch_threads
 from memlm.core.types import TokenMemory
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import Windows
-from memlm.evaluation.passes import (
-    Pass,
-    Stopwatch,
-    log_probabilities,
-    memory_partial,
-    plan_pass,
-)
+from memlm.evaluation.passes import Pass, Rows, Stopwatch, log_probabilities, plan_pass
 from memlm.evaluation.result import DocumentSums, Evaluation, Seconds, WindowSums
+from memlm.evaluation.walk import (
+    CARRIES,
+    WALK_ROWS,
+    Figures,
+    carries_over_documents,
+    recall,
+)
+from memlm.index.metrics import check_choice
 from memlm.models.attach import MemoryForCausalLM
 from memlm.models.fingerprint import model_hash
 from memlm.models.match import check_match, stored_tap
@@ -57,6 +59,8 @@ def evaluate(
     merge: Merge | None = None,
     tap: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    carry: str = "document",
+    walk_rows: int = WALK_ROWS,
     threads: int | None = None,
     keep_tokens: bool = False,
     progress: bool = True,
@@ -73,6 +77,10 @@ def evaluate(
         tap: which hidden state is the memory's query; ``"auto"`` is the one its store was made
             with, else the model family's default.
         batch_tokens: most padded tokens per forward pass.
+        carry: how far the state of a memory goes: ``"document"``, over windows as far as the text
+            goes, or ``"window"``, beginning empty in each. Without state it changes nothing.
+        walk_rows: documents that a memory with state walks side by side; more is faster, and takes
+            ``length * dim`` numbers for each.
         threads: CPU threads of torch during the evaluation; None: as they are.
         keep_tokens: keep the log-probability of every token on the result.
         progress: show a bar for work over two seconds.
@@ -98,6 +106,8 @@ def evaluate(
         memory is not None or merge is None,
         f"a merge needs a memory, got {merge!r} without one; pass memory=... or no merge",
     )
+    check_choice("carry", carry, CARRIES)
+    check(walk_rows >= 1, f"walk_rows must be at least 1 document, got {walk_rows}")
     merge = Mixture() if merge is None and memory is not None else merge
     watch = Stopwatch(model.device)
     with frozen(model), torch_threads(threads), watch.measure("total"):
@@ -110,21 +120,22 @@ def evaluate(
         )
         if memory is not None:
             check_match(model, memory, plan.tap)
-        sums = _Sums(plan, keep_tokens)
+        sums, figures = _Sums(plan, keep_tokens), Figures()
         with bar(
             int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
         ) as shown:
-            for scored in plan.run(watch):
-                partial = scored.base
-                if memory is not None and merge is not None:
+            for rows, recalled in recall(
+                plan, memory, watch, figures, carry=carry, walk_rows=walk_rows
+            ):
+                partial = rows.base
+                if recalled is not None and merge is not None:
                     with watch.measure("memory"):
-                        recalled = memory_partial(memory, scored, plan.table)
-                        partial = merge_target(merge, scored.base, recalled)
+                        partial = merge_target(merge, rows.base, recalled)
                         sums.empty += int(torch.isneginf(recalled.lse).sum())
-                sums.add(scored, log_probabilities(partial, scored, corpus))
-                shown.update(len(scored.places))
+                sums.add(rows, log_probabilities(partial, rows.places, corpus))
+                shown.update(len(rows.places))
         documents = document_sums(corpus, sums.nll, sums.tokens)
-        protocol = protocol_of(plan, windows, documents, batch_tokens, memory, merge)
+        protocol = protocol_of(plan, windows, documents, memory, merge, carry)
     if memory is not None:
         protocol["without_candidates"] = sums.empty
     return Evaluation(
@@ -139,6 +150,7 @@ def evaluate(
         model=model_identity(plan),
         corpus=corpus.describe(),
         versions=versions(),
+        memory_stats=figures.summary(),
         token_log_probabilities=sums.token_log_probabilities,
     )
 
@@ -157,13 +169,13 @@ class _Sums:
             self.token_log_probabilities = np.zeros(int(plan.table.targets.sum()))
             self.start = np.cumsum(plan.table.targets) - plan.table.targets
 
-    def add(self, scored: Any, log_probability: np.ndarray) -> None:
-        document = self.corpus.document_of(scored.places)
+    def add(self, rows: Rows, log_probability: np.ndarray) -> None:
+        document = self.corpus.document_of(rows.places)
         np.add.at(self.nll, document, -log_probability)
         np.add.at(self.tokens, document, 1)
-        np.add.at(self.window_nll, scored.windows, -log_probability)
+        np.add.at(self.window_nll, rows.windows, -log_probability)
         if self.token_log_probabilities is not None:
-            place = self.start[scored.windows] + scored.places - self.table.first[scored.windows]
+            place = self.start[rows.windows] + rows.places - self.table.first[rows.windows]
             self.token_log_probabilities[place] = log_probability
 
 
@@ -192,9 +204,9 @@ def protocol_of(
     plan: Pass,
     windows: Windows,
     documents: DocumentSums,
-    batch_tokens: int,
     memory: TokenMemory | None,
     merge: Merge | None,
+    carry: str = "document",
 ) -> dict[str, Any]:
     """The protocol as plain JSON values, see `memlm.evaluation.protocol`.
 
@@ -202,9 +214,9 @@ def protocol_of(
         plan: the pass that was made.
         windows: its rule.
         documents: what was scored.
-        batch_tokens: its batch size.
         memory: the memory or None.
         merge: the merge or None.
+        carry: how far its state goes, if it has one.
     """
     corpus, table = plan.corpus, plan.table
     lengths = np.diff(corpus.offsets)
@@ -225,13 +237,21 @@ def protocol_of(
         "unit": "token of the model's tokenizer; bytes are UTF-8, words are separated by spaces",
         "log_base": "e (nats); bits are base 2",
         "weighting": "every scored token counts the same",
-        "batch_tokens": batch_tokens,
+        "batch_tokens": plan.batch_tokens,
         "padding": "right, never scored, no attention mask",
         "threads": torch.get_num_threads(),
         "memory": None if memory is None else memory.describe(),
         "merge": None if merge is None else merge.to_dict(),
-        "state": None if stateless else "state carried within a window only",
+        "carry": None if stateless else carry,
+        "state": None if stateless else _state_words(plan, carry),
     }
+
+
+def _state_words(plan: Pass, carry: str) -> str:
+    if carry == "window":
+        return "state begins empty in each window"
+    across = carries_over_documents(plan.table, plan.corpus)
+    return f"state carried over windows, through {'the text' if across else 'each document'}"
 
 
 def choose_tap(tap: str, memory: TokenMemory | None) -> str:

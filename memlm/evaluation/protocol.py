@@ -8,7 +8,8 @@ an approximate memory only with that memory's recall beside it. So each result c
     boundaries  what context a token may see
     memory      its settings and measured recall, or None: then the line says "memory off"
     merge       how the memory joins the model
-    state       whether the memory carries state, and how far
+    carry       how far the memory carries state: "document", "window", or None without state
+    state       the same in words
     units       nats, natural logarithm; bits are base 2
 """
 
@@ -17,14 +18,15 @@ from typing import Any
 
 OFF = "memory off"
 EXACT = "exact search"
-_SETTINGS = ("k", "size", "temperature")
+_SETTINGS = ("k", "size", "temperature", "min_knns", "max_knns", "share")
 
 
-def protocol_line(protocol: Mapping[str, Any]) -> str:
+def protocol_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None = None) -> str:
     """The protocol in one line, to print with every number.
 
     Args:
         protocol: as `memlm.evaluation.perplexity.evaluate` makes it.
+        stats: what the memory's steps cost, None if they were not counted.
     """
     scored = protocol["scored"]
     begin = protocol["begin_token"]
@@ -41,13 +43,16 @@ def protocol_line(protocol: Mapping[str, Any]) -> str:
             f"{'document' if scored['documents'] == 1 else 'documents'} scored once"
             f"{left_out}, {first}",
             "token-weighted, natural log",
-            memory_line(protocol["memory"], protocol["merge"], protocol["state"]),
+            memory_line(protocol["memory"], protocol["merge"], protocol["state"], stats),
         )
     )
 
 
 def memory_line(
-    memory: Mapping[str, Any] | None, merge: Mapping[str, Any] | None, state: str | None = None
+    memory: Mapping[str, Any] | None,
+    merge: Mapping[str, Any] | None,
+    state: str | None = None,
+    stats: Mapping[str, Any] | None = None,
 ) -> str:
     """The memory and its merge: ``"memory knn k=8 temperature=1, exact search, mixture lam=0.25"``.
 
@@ -55,14 +60,26 @@ def memory_line(
         memory: what the memory's ``describe`` says, None if there was none.
         merge: settings of the merge, None if there was none.
         state: what the protocol says about carried state, None for nothing.
+        stats: what its steps cost, None if they were not counted.
     """
     if memory is None or merge is None:
         return OFF
     words = [str(memory.get("memory", "of unknown kind"))]
     words += [f"{name}={memory[name]:g}" for name in _SETTINGS if _number(memory, name)]
     words += ["recomputed"] if memory.get("recompute") else []
-    line = f"memory {' '.join(words)}, {recall_words(memory)}, {merge_words(merge)}"
-    return f"{line}, {state}" if state else line
+    clusters = memory.get("clusters", False)
+    parts = [f"memory {' '.join(words)}"]
+    if clusters is not False:
+        parts.append(f"{clusters['clusters']:,} clusters" if clusters else "no clusters")
+    parts += [recall_words(memory), merge_words(merge)]
+    parts += [state] if state else []
+    parts += [saved_words(stats)] if stats else []
+    return ", ".join(parts)
+
+
+def saved_words(stats: Mapping[str, Any]) -> str:
+    """``"saved 0.46 of 1,234 searches"``."""
+    return f"saved {stats['saved']:.2f} of {stats['steps']:,} searches"
 
 
 def merge_words(merge: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
 """A table of evaluations, each with the protocol its numbers were made under.
 
 Rows that share everything but the memory are compared with the first row, which is usually the
-model alone: the ratio of perplexities with its paired interval. Below the table stands one line of
-protocol for every row, so that no number is seen without what it means.
+model alone: the ratio of perplexities with its paired interval. Memories that count their searches
+bring a column "saved": the fraction of saved searches. Below the table stands one line of protocol
+for every row, so that no number is seen without what it means.
 """
 
 from collections.abc import Mapping
@@ -31,7 +32,8 @@ def report(evaluations: Mapping[str, Evaluation]) -> Group:
     """
     check(len(evaluations) > 0, "a report needs at least one evaluation, got none")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in _COLUMNS:
+    counted = any(evaluation.saved is not None for evaluation in evaluations.values())
+    for name in (*_COLUMNS, "saved") if counted else _COLUMNS:
         justify = "left" if name in ("", "against first") else "right"
         table.add_column(name, justify=justify, no_wrap=True)
     first = next(iter(evaluations.values()))
@@ -47,6 +49,7 @@ def report(evaluations: Mapping[str, Evaluation]) -> Group:
             _number(evaluation.bits_per_byte, 3),
             _number(evaluation.word_perplexity, 0),
             f"{evaluation.tokens_per_second:,.0f}",
+            *([_number(evaluation.saved)] if counted else []),
         )
     return Group(table, *(Text(line, style="dim") for line in protocol_lines(evaluations)))
 
@@ -61,7 +64,9 @@ def protocol_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
     lines = []
     for name, evaluation in evaluations.items():
         values = evaluation.protocol
-        memory = memory_line(values["memory"], values["merge"], values["state"])
+        memory = memory_line(
+            values["memory"], values["merge"], values["state"], evaluation.memory_stats
+        )
         shared.setdefault(evaluation.describe().removesuffix(f"; {memory}"), []).append(name)
         lines.append(f"{name}: {memory}")
     for name, evaluation in evaluations.items():

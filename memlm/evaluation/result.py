@@ -156,6 +156,9 @@ class Evaluation(Config):
         model: name, hash, dtype, device and tap of the model.
         corpus: counts and hash of the corpus.
         versions: of the packages the numbers depend on.
+        memory_stats: what the steps of a memory with state cost: ``steps``, ``searches``,
+            ``saved`` (the fraction of saved searches, 1 - searches / steps) and ``foss_legacy``
+            (what the papers' code prints for it); None where nothing was counted.
         token_log_probabilities: ``(tokens,)`` float64 in text order, if they were kept; not part
             of the JSON.
     """
@@ -169,6 +172,7 @@ class Evaluation(Config):
     model: dict[str, Any]
     corpus: dict[str, Any]
     versions: dict[str, str]
+    memory_stats: dict[str, Any] | None = None
     token_log_probabilities: NDArray[np.float64] | None = field(
         default=None, compare=False, repr=False
     )
@@ -214,6 +218,11 @@ class Evaluation(Config):
     def tokens_per_second(self) -> float:
         """Scored tokens per second of wall-clock time."""
         return self.tokens / max(self.seconds.total, 1e-9)
+
+    @property
+    def saved(self) -> float | None:
+        """The fraction of saved searches; None if searches were not counted."""
+        return None if self.memory_stats is None else self.memory_stats["saved"]
 
     @property
     def memory_is_on(self) -> bool:
@@ -285,7 +294,7 @@ class Evaluation(Config):
 
     def describe(self) -> str:
         """The protocol in one line, to print with every number."""
-        return protocol_line(self.protocol)
+        return protocol_line(self.protocol, self.memory_stats)
 
     def summary(self) -> dict[str, Any]:
         """The headline numbers as plain JSON values; derived, so not read back."""
@@ -298,6 +307,7 @@ class Evaluation(Config):
             "word_perplexity": _finite(self.word_perplexity),
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_second,
+            **({} if self.saved is None else {"saved": self.saved}),
         }
 
     def to_dict(self) -> dict[str, Any]:

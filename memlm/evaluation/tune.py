@@ -235,7 +235,7 @@ def tune(
                 _check_ks(ks, found, memory),
                 device=model.device,
             )
-        protocol = protocol_of(plan, windows, documents, batch_tokens, memory, Mixture(lams[0]))
+        protocol = protocol_of(plan, windows, documents, memory, Mixture(lams[0]))
     best = min(trials, key=lambda trial: (trial.perplexity, trial.k, trial.lam, trial.temperature))
     protocol["merge"] = Mixture(best.lam).to_dict()
     return Tuning(
@@ -331,7 +331,7 @@ def _gather(
     kept = Neighbours(TargetPartial(*torch.empty(2, 0)), torch.empty(0, 0), torch.empty(0, 0))
     with bar(tokens, label="neighbours", unit="token", quiet=not progress) as shown:
         for scored in plan.run(watch):
-            log_probabilities(scored.base, scored, plan.corpus)
+            log_probabilities(scored.base, scored.places, plan.corpus)
             candidates, _ = memory.read(scored.queries, None)
             if len(kept.scores) == 0:
                 kept = _empty(tokens, candidates.scores.shape[1], most_bytes)

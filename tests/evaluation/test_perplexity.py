@@ -38,30 +38,42 @@ def corpus_of(lengths=LENGTHS, *, begin_token=None, seed=0):
 @torch.no_grad()
 def naive(model, corpus, windows, memory=None, merge=None):
     """Log-probability of every target, window by window, one token at a time."""
-    table, result = windows.table(corpus), []
-    tap = find_tap(model, "auto")
+    result = []
+    for place, context, states, logits in positions(model, corpus, windows):
+        candidates = None
+        if memory is not None:
+            state = memory.init_state(1)
+            state = memory.observe(context, states, state)
+            candidates, _ = memory.read(states[:, -1], state)
+        result.append(merged(logits, candidates, merge, int(corpus.tokens[place])))
+    return np.array(result)
+
+
+def positions(model, corpus, windows):
+    """Place of every target, with its context, the tap states of it and the model's logits."""
+    table, tap = windows.table(corpus), find_tap(model, "auto")
     for begin, first, end in zip(table.begin, table.first, table.end, strict=True):
         for place in range(first, end):
             context = torch.tensor(corpus.tokens[begin:place]).long()[None]
             with capture(model, tap) as seen:
-                logits = model(input_ids=context).logits[:, -1].double()
-            target = int(corpus.tokens[place])
-            probability = torch.softmax(logits, -1)[0]
-            if memory is not None:
-                state = memory.init_state(1)
-                state = memory.observe(context, seen.states, state)
-                candidates, _ = memory.read(seen.states[:, -1], state)
-                mass = torch.zeros(VOCABULARY, dtype=torch.float64)
-                scores = candidates.scores[0].double().masked_fill(~candidates.valid[0], -torch.inf)
-                mass.scatter_add_(0, candidates.tokens[0], scores.exp())
-                if isinstance(merge, Union):
-                    joint = logits[0].exp() + mass
-                    probability = joint / joint.sum()
-                elif mass.sum() > 0:
-                    lam = merge.lam
-                    probability = (1 - lam) * probability + lam * mass / mass.sum()
-            result.append(math.log(float(probability[target])))
-    return np.array(result)
+                logits = model(input_ids=context).logits[0, -1].double()
+            yield place, context, seen.states, logits
+
+
+def merged(logits, candidates, merge, target):
+    """Log-probability of a target by dense probabilities."""
+    probability = torch.softmax(logits, -1)
+    if candidates is not None:
+        mass = torch.zeros(VOCABULARY, dtype=torch.float64)
+        scores = candidates.scores[0].double().masked_fill(~candidates.valid[0], -torch.inf)
+        mass.scatter_add_(0, candidates.tokens[0], scores.exp())
+        if isinstance(merge, Union):
+            joint = logits.exp() + mass
+            probability = joint / joint.sum()
+        elif mass.sum() > 0:
+            lam = merge.lam
+            probability = (1 - lam) * probability + lam * mass / mass.sum()
+    return math.log(float(probability[target]))
 
 
 MEMORIES = [
@@ -89,7 +101,14 @@ def test_equals_a_naive_loop(model, windows, memory, merge):
     corpus = corpus_of()
     expected = naive(model, corpus, windows, memory, merge)
     got = evaluate(
-        model, corpus, windows, memory=memory, merge=merge, batch_tokens=20, keep_tokens=True
+        model,
+        corpus,
+        windows,
+        memory=memory,
+        merge=merge,
+        batch_tokens=20,
+        carry="window",
+        keep_tokens=True,
     )
     np.testing.assert_allclose(got.token_log_probabilities, expected, atol=2e-5)
     assert got.perplexity == pytest.approx(np.exp(-expected.mean()), rel=1e-5)
