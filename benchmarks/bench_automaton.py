@@ -31,7 +31,7 @@ from memlm.testing.automaton import PlainAutomaton
 
 DIM, VOCABULARY, NEIGHBOURS = 256, 512, 1024
 CONTEXT = (1.0, 0.6, 0.35, 0.2)  # weights of the last tokens in a key
-STEPS = 64
+STEPS = 48
 
 
 class Text:
@@ -223,7 +223,7 @@ def walks(entries: int, batches: list[int], rounds: int, threads: int) -> list[d
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--entries", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])

@@ -9,6 +9,7 @@ it is a state of its own. (The published code reads such entries as members of c
 """
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
@@ -79,7 +80,7 @@ class Clusters:
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
-    @property
+    @cached_property
     def states(self) -> int:
         """Clusters that have members, and entries that belong to none."""
         return int((self.offsets.diff() > 0).sum()) + len(self.cluster_of) - len(self.members)

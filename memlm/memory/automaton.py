@@ -33,7 +33,8 @@ one that came.
 
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
+from copy import copy
+from dataclasses import fields, replace
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +44,7 @@ from torch import Tensor
 from memlm.core.config import check
 from memlm.core.types import Candidates, Index, SearchResult, TargetPartial
 from memlm.index.keys import load_if_it_fits
+from memlm.index.metrics import check_choice
 from memlm.index.partition import Clusters
 from memlm.memory.automaton_config import (
     GIVEN,
@@ -77,7 +79,8 @@ from memlm.ops.tokens import target_partial
 
 # Numbers (keys x dim) scored at a time: on the CPU they stay in the processor's cache, and an
 # allocation is small enough not to be given fresh pages every time.
-_CHUNK_NUMBERS = {"cpu": 1 << 17, "cuda": 1 << 27}
+_CHUNK_NUMBERS = 1 << 17
+_CHUNK_NUMBERS_GPU = 1 << 27
 
 
 class AutomatonMemory:
@@ -167,9 +170,7 @@ class AutomatonMemory:
         self._clusters = (
             None if self.clusters is None else cluster_table(self.clusters, self.device)
         )
-        self._distinct = multiplicity != "legacy"
-        # Only successors given by hand can lead from two entries to one.
-        self._joining = self._distinct and joins(following, self.config.successors)
+        self._joins = joins(following, self.config.successors)
 
     @classmethod
     def from_config(
@@ -203,8 +204,31 @@ class AutomatonMemory:
                 values[name] = value
         return cls(store, **values, device=device)
 
+    def changed(self, k: int, temperature: float, **settings: Any) -> "AutomatonMemory":
+        """The same store, index and states with other settings; nothing is loaded again.
+
+        Args:
+            k: neighbours of a search; more than the store holds is clamped.
+            temperature: above 0.
+            settings: others of ``min_knns``, ``max_knns``, ``multiplicity`` and ``history``.
+
+        Raises:
+            InputError: for other names or values out of range.
+        """
+        names = ("min_knns", "max_knns", "multiplicity", "history")
+        for name in settings:
+            check_choice("a setting to change", name, names)
+        twin = copy(self)
+        twin.config = replace(self.config, k=k, temperature=temperature, **settings)
+        twin.k, twin.temperature = min(k, len(self)), temperature
+        return twin
+
     def __len__(self) -> int:
         return len(self.store)
+
+    @property
+    def _distinct(self) -> bool:
+        return self.config.multiplicity != "legacy"
 
     def init_state(self, rows: int) -> AutomatonState:
         """No pointer is alive yet: the first read searches."""
@@ -248,7 +272,7 @@ class AutomatonMemory:
         if awake is not None:
             keep &= awake.unsqueeze(1)
         pointers = follow(state.entries, state.scores, keep, self._successors)
-        if self._joining:
+        if self._joins and self._distinct:
             (pointers,) = compact(first_copies(pointers), pointers, fill=(-1,))
         return pointers
 
@@ -325,7 +349,8 @@ class AutomatonMemory:
         if len(ids) == 0:
             return scores
         row = None if len(query) == 1 else present.nonzero(as_tuple=True)[0]
-        size = max(1, _CHUNK_NUMBERS[self.device.type] // query.shape[1])
+        numbers = _CHUNK_NUMBERS if self.device.type == "cpu" else _CHUNK_NUMBERS_GPU
+        size = max(1, numbers // query.shape[1])
         parts = []
         for begin in range(0, len(ids), size):
             here = slice(begin, begin + size)

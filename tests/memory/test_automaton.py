@@ -546,6 +546,42 @@ def test_settings_are_checked():
         assert AutomatonMemory(store, k=41).k == 40
 
 
+def test_settings_change_without_loading_anything_again():
+    store = world()
+    memory = AutomatonMemory(store, k=6, min_knns=2)
+    tokens, queries = text()
+    reads = store.reads
+    others = {"min_knns": 4, "max_knns": 9, "multiplicity": "legacy"}
+    changed = memory.changed(5, 2.0, **others)
+    assert store.reads == reads
+    expected = AutomatonMemory(store, k=5, temperature=2.0, **others)
+    assert changed.config == expected.config
+    for mine, theirs in zip(
+        walk(changed, tokens, queries)[0], walk(expected, tokens, queries)[0], strict=True
+    ):
+        for row in range(3):
+            same(row_of(mine, row), row_of(theirs, row))
+    assert memory.config.k == 6
+    with pytest.raises(InputError, match="a setting to change must be one of min_knns"):
+        memory.changed(5, 2.0, clusters="none")
+    with pytest.raises(InputError, match="max_knns must be at least 1"):
+        memory.changed(5, 2.0, max_knns=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", CASES)
+def test_on_the_gpu_as_on_the_cpu(options):
+    tokens, queries = text(rows=3, time=12)
+    expected, states = walk(made(**options), tokens, queries)
+    memory = made(device="cuda", **options)
+    read, gpu_states = walk(memory, tokens.cuda(), queries.cuda())
+    assert {part.device.type for candidates in read for part in candidates} == {"cuda"}
+    for mine, theirs in zip(read, expected, strict=True):
+        for row in range(3):
+            same(row_of(mine, row), row_of(theirs, row))
+    assert memory.stats(gpu_states[-1]) == made(**options).stats(states[-1])
+
+
 @pytest.fixture
 def saved(tmp_path):
     store = world(entries=400, lengths=(400,))
