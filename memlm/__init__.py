@@ -28,11 +28,16 @@ if TYPE_CHECKING:
     from memlm.evaluation.tune import tune as tune
     from memlm.extract.build import build_datastore as build_datastore
     from memlm.extract.config import ExtractionConfig as ExtractionConfig
+    from memlm.index.cluster import ClusterConfig as ClusterConfig
+    from memlm.index.cluster import cluster_store as cluster_store
     from memlm.index.plan import IndexConfig as IndexConfig
+    from memlm.memory.automaton import AutomatonMemory as AutomatonMemory
     from memlm.memory.knn import KnnMemory as KnnMemory
     from memlm.memory.local import LocalMemory as LocalMemory
+    from memlm.memory.skipping import SkippingMemory as SkippingMemory
     from memlm.methods.knn_lm import index_store as index_store
     from memlm.methods.knn_lm import knn_lm as knn_lm
+    from memlm.methods.retomaton import retomaton as retomaton
     from memlm.models.attach import MemoryForCausalLM as MemoryForCausalLM
     from memlm.models.attach import attach as attach
     from memlm.store.reader import Datastore as Datastore
@@ -41,7 +46,9 @@ if TYPE_CHECKING:
     from memlm.training.tokenizer import train_tokenizer as train_tokenizer
 
 _HOME = {
+    "AutomatonMemory": "memlm.memory.automaton",
     "BlockWindows": "memlm.data.windows",
+    "ClusterConfig": "memlm.index.cluster",
     "Datastore": "memlm.store.reader",
     "Document": "memlm.data.documents",
     "ExtractionConfig": "memlm.extract.config",
@@ -51,6 +58,7 @@ _HOME = {
     "MemlmError": "memlm.core.errors",
     "MemoryForCausalLM": "memlm.models.attach",
     "Mixture": "memlm.core.merges",
+    "SkippingMemory": "memlm.memory.skipping",
     "SlidingWindows": "memlm.data.windows",
     "StrideWindows": "memlm.data.windows",
     "TokenCorpus": "memlm.data.tokens",
@@ -58,10 +66,12 @@ _HOME = {
     "Union": "memlm.core.merges",
     "attach": "memlm.models.attach",
     "build_datastore": "memlm.extract.build",
+    "cluster_store": "memlm.index.cluster",
     "evaluate": "memlm.evaluation.perplexity",
     "index_store": "memlm.methods.knn_lm",
     "knn_lm": "memlm.methods.knn_lm",
     "read_documents": "memlm.data.documents",
+    "retomaton": "memlm.methods.retomaton",
     "tokenize": "memlm.data.tokens",
     "train_causal_lm": "memlm.training.causal_lm",
     "train_tokenizer": "memlm.training.tokenizer",

@@ -1,18 +1,29 @@
 """``memlm evaluate``: perplexity of a model, with and without its memory, on held-out text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from memlm.cli.options import MemoryOptions, ModelOptions, TextOptions, show, write_result
+from memlm.cli.options import (
+    METHODS,
+    MemoryOptions,
+    ModelOptions,
+    TextOptions,
+    show,
+    write_result,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(MemoryOptions, TextOptions, ModelOptions):
     """Perplexity of MODEL on TEXT, alone and (with --store) with its memory, protocol included.
-    --tune chooses lam and the temperature on other held-out text first.
+    --tune chooses lam, the temperature and k on other held-out text first (for retomaton: those of
+    the same store searched at every token).
     """
 
     tune: str | None = None
     """Text on which lam and the temperature are chosen before TEXT is scored."""
+    carry: Literal["document", "window"] = "document"
+    """retomaton: its state goes on to the end of a document, or begins empty in each window."""
     batch_tokens: int = 8192
     """Tokens per forward pass."""
     save: str | None = None
@@ -22,25 +33,25 @@ class Evaluate(MemoryOptions, TextOptions, ModelOptions):
 
     def run(self) -> int:
         """Evaluate the model, then the model with its memory."""
-        from dataclasses import replace
-
         from memlm.evaluation.perplexity import evaluate
         from memlm.evaluation.report import report
         from memlm.evaluation.tune import tune
 
         model, tokenizer = self.load()
         corpus, windows = self.corpus(tokenizer), self.windows(model)
-        memory, merge = self.memory()
         settings = {"batch_tokens": self.batch_tokens, "threads": self.threads}
+        memory, merge = self.memory()
         chosen = None
         if memory is not None and self.tune is not None:
             held_out = replace(self, text=self.tune).corpus(tokenizer)
-            chosen = tune(model, held_out, windows, memory, **settings)
-            memory, merge = memory.changed(chosen.best.k, chosen.best.temperature), chosen.merge
+            chosen = tune(model, held_out, windows, self.searched(memory.index), **settings)
+            best = chosen.best
+            tuned = replace(self, k=best.k, temperature=best.temperature, lam=best.lam)
+            memory, merge = tuned.memory(memory.index)
         results = {"base": evaluate(model, corpus, windows, **settings)}
         if memory is not None:
-            results["kNN-LM"] = evaluate(
-                model, corpus, windows, memory=memory, merge=merge, **settings
+            results[METHODS[self.method]] = evaluate(
+                model, corpus, windows, memory=memory, merge=merge, carry=self.carry, **settings
             )
         value = {name: result.to_dict() for name, result in results.items()}
         if chosen is not None:

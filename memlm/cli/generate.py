@@ -6,7 +6,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import MemoryOptions, ModelOptions, show
+from memlm.cli.options import METHODS, MemoryOptions, ModelOptions, show
 from memlm.core.errors import InputError
 
 
@@ -49,7 +49,7 @@ class Generate(MemoryOptions, ModelOptions):
         if memory is None or self.compare:
             variants["base"] = model
         if memory is not None:
-            variants["kNN-LM"] = attach(model, memory, merge=merge)
+            variants[METHODS[self.method]] = attach(model, memory, merge=merge)
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         texts = {}
         with torch_threads(self.threads):

@@ -12,6 +12,7 @@ from typing import Any
 import tyro
 
 from memlm.cli.build import Build
+from memlm.cli.cluster import Cluster
 from memlm.cli.demo import Demo
 from memlm.cli.doctor import Doctor
 from memlm.cli.evaluate import Evaluate
@@ -26,6 +27,7 @@ _VERBS: dict[str, Any] = {
     "train": Train,
     "build": Build,
     "index": BuildIndex,
+    "cluster": Cluster,
     "evaluate": Evaluate,
     "generate": Generate,
     "verify": Verify,
@@ -33,7 +35,7 @@ _VERBS: dict[str, Any] = {
 }
 _DESCRIPTION = (
     "Language models that remember: give a Hugging Face causal language model a datastore "
-    "(kNN-LM), measure it, generate with it."
+    "(kNN-LM, RetoMaton), measure it, generate with it."
 )
 
 

@@ -17,11 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.core.merges import Merge
+    from memlm.core.types import Index
     from memlm.data.tokens import TokenCorpus
     from memlm.data.windows import Windows
+    from memlm.memory.automaton import AutomatonMemory
     from memlm.memory.knn import KnnMemory
 
 Protocol = Literal["sliding", "knn-transformers", "fairseq"]
+METHODS = {"knn": "kNN-LM", "retomaton": "RetoMaton"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,35 +112,79 @@ class MemoryOptions:
 
     store: str | None = None
     """Directory of a datastore; without it the model stands alone."""
+    method: Literal["knn", "retomaton"] = "knn"
+    """knn: search at every token (kNN-LM); retomaton: follow the store's pointers and search when \
+they run out."""
     index: Literal["auto", "exact"] = "auto"
     """Which index of the store to search: "auto" (the one built beside it, else exact) or \
 "exact"."""
     k: int = 1024
-    """Neighbours per query."""
+    """Neighbours per search."""
     temperature: float | Literal["auto"] = 1.0
     """Divides the neighbours' scores; larger is flatter. "auto": the median distance gap."""
     lam: float = 0.25
     """Weight of the memory in the mixture, from 0 to 1."""
     recompute: bool = False
-    """Score the neighbours that an approximate index found by their exact distances."""
+    """Score the neighbours that an approximate index found by their exact distances (retomaton \
+always does)."""
+    min_knns: int = 1
+    """retomaton: search when fewer pointers are alive; 1 saves most searches, 1000000000 none."""
+    max_knns: int = 1024
+    """retomaton: entries that pointers and their clusters bring to a step, at most."""
+    multiplicity: float | Literal["set", "legacy"] = "set"
+    """retomaton: "set": an entry counts once; "legacy": as often as it was reached; a number: \
+once, with that much added to the score of entries that a pointer leads to."""
+    clusters: Literal["auto", "none"] = "auto"
+    """retomaton: "auto" (those made by `memlm cluster`, if any) or "none"."""
 
-    def memory(self) -> "tuple[KnnMemory | None, Merge | None]":
-        """The memory and its merge, or two Nones without a store."""
+    def memory(
+        self, index: "Index | None" = None
+    ) -> "tuple[KnnMemory | AutomatonMemory | None, Merge | None]":
+        """The memory and its merge, or two Nones without a store.
+
+        Args:
+            index: to be used instead of opening the one that was asked for.
+        """
         from memlm.core.merges import Mixture
-        from memlm.memory.knn import KnnMemory
-        from memlm.store.reader import Datastore
 
         merge = Mixture(self.lam)
         if self.store is None:
             return None, None
-        memory = KnnMemory(
+        if self.method == "knn":
+            return self.searched(index), merge
+        from memlm.memory.automaton import AutomatonMemory
+        from memlm.store.reader import Datastore
+
+        memory = AutomatonMemory(
             Datastore.open(self.store),
             k=self.k,
             temperature=self.temperature,
-            index=self.index,
-            recompute=self.recompute,
+            min_knns=self.min_knns,
+            max_knns=self.max_knns,
+            clusters=self.clusters,
+            multiplicity=self.multiplicity,
+            index=index or self.index,
         )
         return memory, merge
+
+    def searched(self, index: "Index | None" = None) -> "KnnMemory":
+        """The store searched at every token, also where the method is another.
+
+        Raises:
+            InputError: without a store.
+        """
+        from memlm.memory.knn import KnnMemory
+        from memlm.store.reader import Datastore
+
+        if self.store is None:
+            raise InputError("a memory needs a datastore, got none; give --store")
+        return KnnMemory(
+            Datastore.open(self.store),
+            k=self.k,
+            temperature=self.temperature,
+            index=index or self.index,
+            recompute=self.recompute,
+        )
 
 
 def load_model(name: str, device: str = "auto") -> "PreTrainedModel":

@@ -16,6 +16,9 @@ SENTENCES = [
 ]
 
 
+RETOMATON = ("--store", "STORE", "--k", 8, "--method", "retomaton")
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tokenizer):
     """A folder with model, text and a finished store."""
@@ -116,6 +119,42 @@ def test_generate_with_and_without_memory(place, capsys):
     assert capsys.readouterr().out == first
 
 
+def test_retomaton_is_clustered_evaluated_and_generates(place, capsys, tmp_path):
+    import shutil
+
+    shutil.copytree(place / "store", tmp_path / "store")
+    store = ("--store", tmp_path / "store", "--k", 8, "--method", "retomaton")
+    described = run_json(capsys, "cluster", tmp_path / "store", "--clusters", 3)
+    assert described["clusters"] == 3
+
+    text, saved = place / "held-out.txt", tmp_path / "result.json"
+    rows = run_json(capsys, "evaluate", place / "model", text, *store, "--save", saved)
+    assert set(rows) == {"base", "RetoMaton"}
+    assert rows["RetoMaton"]["perplexity"] < rows["base"]["perplexity"]
+    assert rows["RetoMaton"]["saved"] > 0
+    assert json.loads(saved.read_text())["RetoMaton"]["memory_stats"]["searches"] > 0
+    settings = ("--min-knns", 10**9, "--max-knns", 16, "--multiplicity", 0.5, "--clusters", "none")
+    tuned = ("--tune", text, "--carry", "window")
+    rows = run_json(
+        capsys, "evaluate", place / "model", text, *store, *settings, *tuned, "--save", saved
+    )
+    assert rows["RetoMaton"]["saved"] == 0
+    kept = json.loads(saved.read_text())
+    memory = kept["RetoMaton"]["protocol"]["memory"]
+    assert (memory["max_knns"], memory["multiplicity"], memory["clusters"]) == (16, 0.5, None)
+    assert memory["temperature"] == kept["tuned"]["best"]["temperature"]
+    assert kept["RetoMaton"]["protocol"]["carry"] == "window"
+    assert run("evaluate", place / "model", text, *store) == 0
+    shown = capsys.readouterr().out
+    assert "3 clusters" in shown
+    assert "saved 0." in shown
+
+    prompt = ("generate", place / "model", "the cat sat on", "--max-new-tokens", 4, "--compare")
+    texts = run_json(capsys, *prompt, *store, "--lam", 1.0, "--temperature", 0.1)["texts"]
+    assert set(texts) == {"base", "RetoMaton"}
+    assert texts["RetoMaton"].startswith("the cat sat on the")
+
+
 def test_verify_says_sound_or_damaged(place, capsys, tmp_path):
     import shutil
 
@@ -152,6 +191,11 @@ def test_train_makes_a_model_that_builds(place, capsys, tmp_path):
         (("evaluate", "MODEL", "TEXT", "--store", "no-such-store"), "must exist"),
         (("evaluate", "MODEL", "TEXT", "--store", "STORE", "--lam", 1.5), "between 0 and 1"),
         (("evaluate", "MODEL", "TEXT", "--store", "STORE", "--k", 0), "k must be at least 1"),
+        (
+            ("generate", "MODEL", "TEXT", *RETOMATON, "--max-knns", 0),
+            "max_knns must be at least 1",
+        ),
+        (("cluster", "no-such-store"), "must exist"),
         (("verify", "STORE", "--level", "deep"), "give --model and --text"),
         (("generate", "MODEL", ""), "prompt must not be empty"),
     ],
