@@ -44,10 +44,9 @@ class Evaluate(MemoryOptions, TextOptions, ModelOptions):
         chosen = None
         if memory is not None and self.tune is not None:
             held_out = replace(self, text=self.tune).corpus(tokenizer)
-            chosen = tune(model, held_out, windows, self.searched(memory.index), **settings)
-            best = chosen.best
-            tuned = replace(self, k=best.k, temperature=best.temperature, lam=best.lam)
-            memory, merge = tuned.memory(memory.index)
+            searched = memory if self.method == "knn" else self.searched(memory.index)
+            chosen = tune(model, held_out, windows, searched, **settings)
+            memory, merge = memory.changed(chosen.best.k, chosen.best.temperature), chosen.merge
         results = {"base": evaluate(model, corpus, windows, **settings)}
         if memory is not None:
             results[METHODS[self.method]] = evaluate(

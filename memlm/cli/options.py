@@ -137,21 +137,15 @@ once, with that much added to the score of entries that a pointer leads to."""
     clusters: Literal["auto", "none"] = "auto"
     """retomaton: "auto" (those made by `memlm cluster`, if any) or "none"."""
 
-    def memory(
-        self, index: "Index | None" = None
-    ) -> "tuple[KnnMemory | AutomatonMemory | None, Merge | None]":
-        """The memory and its merge, or two Nones without a store.
-
-        Args:
-            index: to be used instead of opening the one that was asked for.
-        """
+    def memory(self) -> "tuple[KnnMemory | AutomatonMemory | None, Merge | None]":
+        """The memory and its merge, or two Nones without a store."""
         from memlm.core.merges import Mixture
 
         merge = Mixture(self.lam)
         if self.store is None:
             return None, None
         if self.method == "knn":
-            return self.searched(index), merge
+            return self.searched(), merge
         from memlm.memory.automaton import AutomatonMemory
         from memlm.store.reader import Datastore
 
@@ -163,12 +157,15 @@ once, with that much added to the score of entries that a pointer leads to."""
             max_knns=self.max_knns,
             clusters=self.clusters,
             multiplicity=self.multiplicity,
-            index=index or self.index,
+            index=self.index,
         )
         return memory, merge
 
     def searched(self, index: "Index | None" = None) -> "KnnMemory":
-        """The store searched at every token, also where the method is another.
+        """The store searched at every token, whatever the method is.
+
+        Args:
+            index: to be used instead of opening the one that was asked for.
 
         Raises:
             InputError: without a store.
