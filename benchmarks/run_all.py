@@ -6,7 +6,7 @@ import sys
 
 from benchmarks.common import RESULTS
 
-BENCHMARKS = ("bench_import", "bench_extraction", "bench_evaluation")
+BENCHMARKS = ("bench_import", "bench_extraction", "bench_evaluation", "bench_automaton")
 
 
 def main():

@@ -21,7 +21,7 @@ class Demo:
     text: str | None = None
     """Folder or file of text (default: the documentation that comes with Python)."""
     prompt: str | None = None
-    """Text to continue (default: from a held-out document)."""
+    """Text to continue (default: the start of a docstring, or of a held-out document)."""
     seconds: float = 110.0
     """Time budget of the training."""
     threads: int | None = None
@@ -39,6 +39,7 @@ class Demo:
         from memlm.data.documents import read_documents
         from memlm.evaluation.report import report
         from memlm.methods.demo import (
+            LIBRARY_PROMPT,
             journey,
             library_splits,
             split_documents,
@@ -65,10 +66,11 @@ class Demo:
         out.mkdir(parents=True, exist_ok=True)
         if self.model is None:
             model, tokenizer = train_small_model(splits, out, self.seconds, self.threads)
-            say(f"model: {model.num_parameters():,} parameters, trained for {self.seconds:.0f} s")
+            say(f"model: {model.num_parameters():,} parameters, in {out / 'model'}")
         else:
             model, tokenizer = load_model(self.model), load_tokenizer(self.model)
-        prompt = self.prompt or splits.test[0].text[:200].rsplit(" ", 1)[0]
+        held_out = splits.test[0].text[:200].rsplit(" ", 1)[0]
+        prompt = self.prompt or (LIBRARY_PROMPT if self.text is None else held_out)
         result = journey(
             model, tokenizer, splits, out, prompt=prompt, threads=self.threads, say=say
         )
@@ -78,7 +80,7 @@ class Demo:
             return 0
         show({}, report(result.evaluations), as_json=False)
         for name, text in result.completions.items():
-            sys.stdout.write(f"\n--- {name} ---\n{text}\n")
+            sys.stdout.write(f"\n--- {name} ---\n{text.strip()}\n")
         total = time.perf_counter() - start
         sys.stdout.write(f"\n{out / 'results.json'} holds everything; {total:.0f} s in all\n")
         return 0

@@ -57,7 +57,8 @@ class TensorKeys:
 
     def gather(self, ids: Tensor, /) -> Tensor:
         """Copies of the keys ``ids``."""
-        return self.keys[ids.to(self.keys.device)]
+        flat = ids.reshape(-1).to(self.keys.device)
+        return self.keys.index_select(0, flat).reshape(*ids.shape, self.dim)
 
 
 def as_keys(keys: Tensor | KeySource) -> KeySource:

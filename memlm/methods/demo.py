@@ -1,4 +1,4 @@
-"""The whole journey on one page: text, tokenizer, model, datastore, index, numbers, words.
+"""The whole journey on one page: text, model, datastore, index, clusters, numbers, words.
 
 Without arguments it needs nothing from outside: the text is the documentation that every Python
 installation carries, split by document, and a small Llama is trained on the spot. With a model and
@@ -6,7 +6,9 @@ a folder of text it does the same for those, without the training.
 
 The datastore is built from the text the model was trained on (kNN-LM's first experiment,
 Khandelwal et al. 2020, section 4.1): what is measured is what explicit memory adds to the same
-data. lam and the temperature are chosen on development text, numbers are reported on test text.
+data. lam and the temperature are chosen on development text, numbers are reported on test text:
+the model alone, kNN-LM with exact and approximate search, and RetoMaton, which follows the same
+store and searches its index where it loses the thread, or always (Alon et al. 2022, section 5).
 """
 
 import hashlib
@@ -20,6 +22,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.core.files import write_json
+from memlm.core.types import Index, TokenMemory
 from memlm.data.documents import Document
 from memlm.data.python_library import python_library
 from memlm.data.tokens import tokenize
@@ -28,7 +31,10 @@ from memlm.evaluation.result import Evaluation
 from memlm.evaluation.tune import tune
 from memlm.extract.build import build_datastore, default_windows
 from memlm.extract.config import ExtractionConfig
+from memlm.index.cluster import ClusterConfig, cluster_store
+from memlm.index.partition import Clusters
 from memlm.index.plan import IndexConfig
+from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
 from memlm.methods.knn_lm import index_store
 from memlm.models.attach import attach
@@ -39,8 +45,11 @@ from memlm.training.tokenizer import train_tokenizer
 
 NEIGHBOURS = 1024
 VOCABULARY = 4096
+LIBRARY_PROMPT = "Return True if the"
 # What five minutes on two cores have room for; both are samples of whole documents.
 DEV_CHARACTERS, TEST_CHARACTERS = 30_000, 75_000
+ENTRIES_PER_CLUSTER, CLUSTER_ITERATIONS = 200, 5
+ALWAYS = 10**9  # more pointers than there ever are: search at every step
 
 Say = Callable[[str], None]
 
@@ -145,21 +154,18 @@ def journey(
         f"{described['recall']['value']:.2f}, in {seconds['index']:.0f} s"
     )
 
+    with _timed(seconds, "cluster"):
+        clusters = cluster_store(store, cluster_config(store), threads=threads)
+    say(f"clusters: {len(clusters):,} in {seconds['cluster']:.0f} s")
+
     exact = KnnMemory(store, k=min(NEIGHBOURS, len(store)), index="exact")
     with _timed(seconds, "tune"):
         chosen = tune(model, dev, windows, exact, threads=threads)
     say(chosen.describe())
     best = exact.changed(chosen.best.k, chosen.best.temperature)
-    memories = {
-        "kNN-LM, exact": best,
-        f"kNN-LM, {described['factory']}": KnnMemory(
-            store, k=best.k, temperature=best.temperature, index=approximate
-        ),
-    }
-
     with _timed(seconds, "evaluate"):
         evaluations = {"base": evaluate(model, test, windows, threads=threads)}
-        for name, memory in memories.items():
+        for name, memory in memories_of(best, approximate, clusters).items():
             evaluations[name] = evaluate(
                 model, test, windows, memory=memory, merge=chosen.merge, threads=threads
             )
@@ -181,6 +187,26 @@ def journey(
         },
     )
     return Journey(evaluations, completions, prompt, seconds, out)
+
+
+def memories_of(best: KnnMemory, approximate: Index, clusters: Clusters) -> dict[str, TokenMemory]:
+    """The memories to compare, by the names of their rows.
+
+    Args:
+        best: the settings that were chosen, with exact search.
+        approximate: an index of the same store.
+        clusters: of the same store.
+    """
+    settings: dict[str, Any] = {"k": best.k, "temperature": best.temperature}
+    walking = AutomatonMemory(best.store, **settings, index=approximate, clusters=clusters)
+    return {
+        "kNN-LM, exact": best,
+        f"kNN-LM, {approximate.describe()['factory']}": KnnMemory(
+            best.store, **settings, index=approximate
+        ),
+        "RetoMaton": walking,
+        "RetoMaton, always searching": walking.changed(**settings, min_knns=ALWAYS),
+    }
 
 
 def complete(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int = 40) -> str:
@@ -213,6 +239,12 @@ def index_config(store: Datastore) -> IndexConfig:
         train_size=max(64 * lists, 16_384),
         recall_queries=200,
     )
+
+
+def cluster_config(store: Datastore) -> ClusterConfig:
+    """Quickly: one cluster per 200 entries, a few iterations."""
+    clusters = max(1, len(store) // ENTRIES_PER_CLUSTER)
+    return ClusterConfig(clusters=clusters, iterations=CLUSTER_ITERATIONS)
 
 
 def sample(documents: list[Document], characters: int) -> list[Document]:

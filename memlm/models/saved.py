@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from memlm.core.errors import FingerprintError, InputError, StoreError
 from memlm.core.types import TokenMemory
+from memlm.memory.automaton import AutomatonMemory
+from memlm.memory.automaton_config import AutomatonConfig
 from memlm.memory.knn import KnnConfig, KnnMemory
 from memlm.memory.local import LocalMemory
 from memlm.models.fingerprint import model_hash
@@ -102,7 +104,7 @@ def write_memory(memory: TokenMemory, directory: str) -> dict[str, Any]:
     saved: dict[str, Any] = {"description": memory.describe()}
     if isinstance(memory, LocalMemory):
         saved["settings"] = memory.to_dict()
-    elif isinstance(memory, KnnMemory):
+    elif isinstance(memory, KnnMemory | AutomatonMemory):
         saved["settings"] = memory.config.to_dict()
     store = getattr(memory, "store", None)
     if isinstance(store, Datastore):
@@ -134,9 +136,11 @@ def load_memory(
     kind = settings.get("kind")
     if kind == LocalMemory.__name__:
         return LocalMemory.from_dict(settings)
-    if kind == KnnConfig.__name__ and "store" in saved:
+    if "store" in saved and kind in (KnnConfig.__name__, AutomatonConfig.__name__):
         opened = _open_store(saved["store"], directory, store)
-        return KnnMemory.from_config(opened, KnnConfig.from_dict(settings))
+        if kind == KnnConfig.__name__:
+            return KnnMemory.from_config(opened, KnnConfig.from_dict(settings))
+        return AutomatonMemory.from_config(opened, AutomatonConfig.from_dict(settings))
     raise InputError(
         f"{directory} was saved with a memory that cannot be made again from settings "
         f"({saved.get('description')}); make it and pass it as `memory`"

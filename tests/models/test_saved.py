@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 
 from memlm.core.errors import FingerprintError, InputError, StoreError
 from memlm.core.merges import Mixture, Union
+from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
 from memlm.memory.local import LocalMemory
 from memlm.models.attach import MemoryForCausalLM, attach
@@ -135,6 +136,18 @@ def test_a_local_memory_is_made_again_from_its_settings(tmp_path):
     lm.save_pretrained(tmp_path)
     loaded = MemoryForCausalLM.from_pretrained(tmp_path)
     assert loaded.memory == lm.memory
+    same(loaded, lm)
+
+
+def test_an_automaton_is_made_again_from_its_store_and_settings(tmp_path):
+    model = tiny_model()
+    store = make_store(model, tmp_path / "store")
+    memory = AutomatonMemory(store, k=4, min_knns=2, temperature=3.0)
+    lm = attach(model, memory, Mixture(0.5))
+    lm.save_pretrained(tmp_path / "lm")
+    loaded = MemoryForCausalLM.from_pretrained(tmp_path / "lm")
+    assert isinstance(loaded.memory, AutomatonMemory)
+    assert loaded.memory.config == memory.config
     same(loaded, lm)
 
 
