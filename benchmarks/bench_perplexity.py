@@ -65,7 +65,7 @@ def measure(data: Path, name: str, corpus: str, options: argparse.Namespace) -> 
     folder = data / "models" / name
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    sizes = {"train": options.characters, "valid": 60_000, "test": 120_000}
+    sizes = {"train": options.characters, "valid": 30_000, "test": 60_000}
     texts = {
         split: tokenize(upto(documents, sizes[split]), tokenizer)
         for split, documents in splits(data, corpus).items()
@@ -116,7 +116,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder of corpora and models")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--characters", type=int, default=1_500_000, help="of training text")
+    parser.add_argument("--characters", type=int, default=600_000, help="of training text")
     parser.add_argument("--models", nargs="+", default=list(MODELS))
     parser.add_argument("--corpora", nargs="+", default=list(CORPORA))
     options = parser.parse_args()
