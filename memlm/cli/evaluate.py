@@ -34,7 +34,7 @@ class Evaluate(MemoryOptions, TextOptions, ModelOptions):
     def run(self) -> int:
         """Evaluate the model, then the model with its memory."""
         from memlm.evaluation.perplexity import evaluate
-        from memlm.evaluation.report import report
+        from memlm.evaluation.report import report, tuning_report
         from memlm.evaluation.tune import tune
 
         model, tokenizer = self.load()
@@ -47,6 +47,8 @@ class Evaluate(MemoryOptions, TextOptions, ModelOptions):
             searched = memory if self.method == "knn" else self.searched(memory.index)
             chosen = tune(model, held_out, windows, searched, **settings)
             memory, merge = memory.changed(chosen.best.k, chosen.best.temperature), chosen.merge
+            if not self.json:
+                show({}, tuning_report(chosen, best=3), as_json=False)
         results = {"base": evaluate(model, corpus, windows, **settings)}
         if memory is not None:
             results[METHODS[self.method]] = evaluate(

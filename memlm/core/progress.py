@@ -1,8 +1,6 @@
 """Progress bars with rate and remaining time, shown only for work that takes over two seconds."""
 
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 from tqdm import tqdm
 
@@ -30,15 +28,3 @@ def bar(total: int | None, *, label: str, unit: str, initial: int = 0, quiet: bo
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
     )
-
-
-def track(
-    items: Iterable[Any], *, label: str, unit: str, total: int | None = None
-) -> Iterator[Any]:
-    """Iterate with a progress bar of one unit per item."""
-    if total is None and hasattr(items, "__len__"):
-        total = len(items)  # type: ignore[arg-type]
-    with bar(total, label=label, unit=unit) as progress:
-        for item in items:
-            yield item
-            progress.update(1)
