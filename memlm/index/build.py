@@ -270,7 +270,11 @@ class _Build:
 
 
 def _seed(index: Any, seed: int) -> None:
-    """Seed the clusterings of an index, whatever wraps it."""
+    """Seed the clusterings of an index, whatever wraps it, and leave out polysemous training.
+
+    Factory strings turn that on; it serves a search mode that is never used here, takes most of
+    the training time, and the papers' code does not do it.
+    """
     import faiss
 
     index = faiss.downcast_index(index)
@@ -280,3 +284,5 @@ def _seed(index: Any, seed: int) -> None:
         index = faiss.downcast_index(lists)
     if hasattr(index, "pq"):
         index.pq.cp.seed = seed
+    if hasattr(index, "do_polysemous_training"):
+        index.do_polysemous_training = False
