@@ -185,7 +185,7 @@ ROWS = {
         "must exist but does not",
     ),
     "unknown architecture": (
-        lambda f: find_tap(tiny_model("bloom"), "ffn_input"),
+        lambda f: find_tap(tiny_model("mpt"), "ffn_input"),
         UnsupportedModelError,
         "gpt2, .*llama.*use tap='final'",
     ),

@@ -34,6 +34,7 @@ TAP_NAMES: tuple[TapName, ...] = ("ffn_input", "ffn_output", "final")
 _LLAMA = ("layers", "mlp")
 _GPT2 = ("h", "mlp")
 FAMILIES: dict[str, tuple[str, str]] = {
+    "bloom": _GPT2,
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
     "falcon": _GPT2,

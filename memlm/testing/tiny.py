@@ -40,7 +40,7 @@ _GEMMA = {**_GQA, "head_dim": 4, "tie_word_embeddings": False}
 
 # model_type -> configuration; the comments say what each one is here for
 FAMILIES: dict[str, dict[str, Any]] = {
-    "bloom": {  # no entry in the tap table: the fallback to the head's input
+    "bloom": {  # ALiBi; the feed-forward takes the residual as a second argument
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
         "n_layer": 2,
@@ -68,6 +68,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "query_pre_attn_scalar": 4,
     },
     "gemma3_text": {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 4},
+    "mpt": {  # no entry in the tap table: the fallback to the head's input
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "n_layers": 2,
+        "n_heads": 4,
+        "max_seq_len": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "gpt2": _GPT,  # learnt positions, tied head
     "gpt_neo": {
         **_COMMON,

@@ -95,7 +95,7 @@ def test_ffn_output_becomes_the_final_state_under_the_final_norm(family):
     torch.testing.assert_close(norm(before), final)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "bloom", "mpt"])
 @pytest.mark.parametrize("name", ["auto", "final"])
 def test_stopping_at_the_tap_gives_the_same_bits_and_leaves_no_hook(family, name):
     model, tokens = tiny_model(family), tiny_tokens(3, 7)
@@ -119,9 +119,9 @@ def test_hooks_are_removed_when_the_forward_fails():
 
 
 def test_unknown_families_fall_back_to_the_final_state():
-    model = tiny_model("bloom")
+    model = tiny_model("mpt")
     assert find_tap(model) == Tap("final", "transformer", "output")
-    with pytest.raises(UnsupportedModelError, match="'bloom'; use tap='final'"):
+    with pytest.raises(UnsupportedModelError, match="'mpt'; use tap='final'"):
         find_tap(model, "ffn_input")
 
 
