@@ -152,7 +152,7 @@ def window_attention(
         InputError: if the shapes do not fit or ``impl`` is unknown.
     """
     _check_shapes(query, positions, keys, sinks)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     limit = config.distance_limit
     if limit is not None and config.clamp == "original" and keys.positions.numel():
         limit = min(limit, int(torch.maximum(keys.positions.max(), positions.max())))
