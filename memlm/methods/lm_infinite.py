@@ -1,20 +1,20 @@
 """LM-Infinite (Han et al. 2024): a model reads on beyond the length it was trained on, untrained.
 
     query i sees    the last `window` tokens, at their true distance
-                    the first `sinks` tokens, at most `distance_limit` away          (section 3)
+                    the first `sinks` tokens, at most `distance_limit` away
 
 Too large distances, too many tokens under one softmax and lost first tokens are what breaks a
-model beyond its training length (section 2); each has its line above. The model is not trained.
+model beyond its training length; each has its line above. The model is not trained.
 
 The parts: `window_attention` is the attention, `WindowLayer` keeps what it needs and no more,
 `extend_context` puts both into a model and `restore_context` takes them out.
 
-Settings of the paper: `window` is the training length (4096 for Llama 2), 10 to 100 sinks, the
-limit is the window. The code's limit is one step more than the largest distance of training,
+Settings of the paper's code: `window` is the training length (4096 for Llama 2), 10 to 100 sinks,
+the limit is the window. That limit is one step more than the largest distance of training,
 which is ``window - 1``, as the paper's figure has it; here the code is followed.
 
-Not here: the top-k tokens of the middle (section 4.4), a limit without the window, and families
-whose attention does not go through `transformers`' interface (GPT-J, MPT, Bloom, Falcon).
+Not here: the top-k tokens of the middle, a limit without the window, and families whose attention
+does not go through `transformers`' interface (GPT-J, MPT, Bloom, Falcon).
 """
 
 from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ How it reaches the model, through public seams only:
 A probe forward pass proves that it worked; ``restore_context`` puts the identical objects back.
 
 Differs from the paper's code: grouped keys, padding on either side and batches, and a cache that
-does not grow. The top-k tokens of its section 4.4 are not built.
+does not grow. Its top-k tokens from the middle are not built.
 """
 
 import sys
@@ -68,7 +68,7 @@ def extend_context(
     Args:
         model: a causal language model of a family in ``FAMILIES``.
         window: tokens seen at their true distance; at most the length the model was trained on.
-        sinks: first tokens of the sequence that stay visible; 0 to 100 in the paper.
+        sinks: first tokens of the sequence that stay visible; the paper's code uses 10 to 100.
         distance_limit: largest distance at which sinks are scored; ``"window"``: as the paper's
             code; None: their true distance.
         clamp: see ``LambdaConfig``.

@@ -1,6 +1,6 @@
 """Lambda attention: a window of the latest keys and a few first ones, under one softmax.
 
-LM-Infinite (Han et al. 2024, section 3): query i sees key j at distance d = i - j if
+LM-Infinite (Han et al. 2024): query i sees key j at distance d = i - j if
 
     local    0 <= d < window              scored at its true distance d
     sink     j < sinks and d >= window    scored at min(d, distance_limit)
