@@ -37,9 +37,12 @@ if TYPE_CHECKING:
     from memlm.memory.skipping import SkippingMemory as SkippingMemory
     from memlm.methods.knn_lm import index_store as index_store
     from memlm.methods.knn_lm import knn_lm as knn_lm
+    from memlm.methods.lm_infinite import lm_infinite as lm_infinite
     from memlm.methods.retomaton import retomaton as retomaton
     from memlm.models.attach import MemoryForCausalLM as MemoryForCausalLM
     from memlm.models.attach import attach as attach
+    from memlm.models.extend import extend_context as extend_context
+    from memlm.models.extend import restore_context as restore_context
     from memlm.store.reader import Datastore as Datastore
     from memlm.training.causal_lm import TrainConfig as TrainConfig
     from memlm.training.causal_lm import train_causal_lm as train_causal_lm
@@ -68,9 +71,12 @@ _HOME = {
     "build_datastore": "memlm.extract.build",
     "cluster_store": "memlm.index.cluster",
     "evaluate": "memlm.evaluation.perplexity",
+    "extend_context": "memlm.models.extend",
     "index_store": "memlm.methods.knn_lm",
     "knn_lm": "memlm.methods.knn_lm",
+    "lm_infinite": "memlm.methods.lm_infinite",
     "read_documents": "memlm.data.documents",
+    "restore_context": "memlm.models.extend",
     "retomaton": "memlm.methods.retomaton",
     "tokenize": "memlm.data.tokens",
     "train_causal_lm": "memlm.training.causal_lm",

@@ -1,0 +1,195 @@
+"""Lambda attention: both implementations against a loop over pairs, and the laws of the mask."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from memlm.core.errors import InputError
+from memlm.ops import window_attention as module
+from memlm.ops.window_attention import Keys, LambdaConfig, first_keys, window_attention
+
+DIM = 4
+
+
+def rotate(x, positions):
+    """Rotary embedding of adjacent pairs, in the dtype of ``x``."""
+    frequencies = 10.0 ** -torch.arange(0, x.shape[-1], 2, dtype=x.dtype)
+    angles = (positions[:, None, :, None] * frequencies).to(x.dtype)
+    a, b = x[..., 0::2], x[..., 1::2]
+    turned = (a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos())
+    return torch.stack(turned, dim=-1).flatten(-2)
+
+
+def case(positions, *, heads=4, key_heads=2, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(count):
+        shape = (positions.shape[0], count, positions.shape[1], DIM)
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    return draw(heads), Keys(draw(key_heads), draw(key_heads), positions)
+
+
+def rows(*lengths, columns):
+    """Left-padded rows of positions."""
+    return torch.tensor([[-1] * (columns - n) + list(range(n)) for n in lengths])
+
+
+def pairs(query, keys, config, *, rope=None, slopes=None, softcap=None):
+    """The definition, pair by pair: whole sequences."""
+    output = torch.zeros_like(query)
+    groups = query.shape[1] // keys.key.shape[1]
+    length = int(keys.positions.max())
+    for b, h, i in ((b, h, i) for b in range(len(query)) for h in range(query.shape[1])
+                    for i in range(query.shape[2])):  # fmt: skip
+        place, scores, values = int(keys.positions[b, i]), [], []
+        for j in range(i + 1):
+            other = int(keys.positions[b, j])
+            d = place - other
+            if other < 0 or (d >= config.window and other >= config.sinks):
+                continue
+            if d >= config.window and config.distance_limit is not None:
+                limit = config.distance_limit
+                d = min(limit, length) if config.clamp == "original" else min(d, limit)
+            q = query[b, h, i].view(1, 1, 1, -1)
+            q = rope(q, torch.tensor([[d]])) if rope else q
+            score = float(q.flatten() @ keys.key[b, h // groups, j]) / math.sqrt(DIM)
+            score -= float(slopes[h]) * d if slopes is not None else 0.0
+            scores.append(softcap * math.tanh(score / softcap) if softcap else score)
+            values.append(keys.value[b, h // groups, j])
+        if place >= 0:
+            weights = torch.tensor(scores, dtype=torch.float64).softmax(0)
+            output[b, h, i] = weights @ torch.stack(values)
+    return output
+
+
+CONFIGS = [
+    LambdaConfig(window=w, sinks=g, distance_limit=d, clamp=c)
+    for w, g, d, c in [
+        (4, 2, 4, "causal"), (4, 0, None, "causal"), (1, 3, 1, "causal"), (5, 2, 3, "causal"),
+        (3, 2, 7, "causal"), (3, 2, 7, "original"), (3, 40, None, "causal"), (50, 2, 9, "causal"),
+        (4, 2, 100, "original"),
+    ]
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+@pytest.mark.parametrize("extra", ["rope", "alibi", "softcap"])
+def test_it_is_the_definition(config, impl, extra, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK", 5)
+    query, keys = case(rows(13, 9, columns=13))
+    options = {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])} if extra == "alibi" else {}
+    options |= {"softcap": 1.5} if extra == "softcap" else {}
+    rope = rotate if extra != "alibi" else None
+    sinks = first_keys(keys, config.sinks)
+    output = window_attention(
+        query, keys.positions, keys, sinks, config, rotate=rope, impl=impl, **options
+    )
+    assert_close(output, pairs(query, keys, config, rope=rope, **options))
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    window=st.integers(1, 24),
+    sinks=st.integers(0, 6),
+    limit=st.none() | st.integers(1, 30),
+    block=st.integers(1, 9),
+    right=st.booleans(),
+    new=st.integers(1, 20),
+)
+def test_blocks_change_nothing(lengths, window, sinks, limit, block, right, new):
+    columns = max(lengths) + 1
+    places = rows(*lengths, columns=columns)
+    if right:
+        places = torch.stack(
+            [row.roll(n - columns) for row, n in zip(places, lengths, strict=True)]
+        )
+    query, keys = case(places)
+    query, asked = query[:, :, -new:], places[:, -new:]
+    config = LambdaConfig(window=window, sinks=sinks, distance_limit=limit)
+    arguments = (query, asked, keys, first_keys(keys, sinks), config)
+    before, module._BLOCK = module._BLOCK, block
+    try:
+        blocked = window_attention(*arguments, rotate=rotate, impl="blocked")
+    finally:
+        module._BLOCK = before
+    assert_close(blocked, window_attention(*arguments, rotate=rotate, impl="reference"))
+
+
+def test_a_long_window_is_causal_attention():
+    query, keys = case(rows(12, columns=12))
+    config = LambdaConfig(window=12, sinks=3, distance_limit=2)
+    output = window_attention(query, keys.positions, keys, first_keys(keys, 3), config)
+    expected = torch.nn.functional.scaled_dot_product_attention(
+        query, keys.key, keys.value, is_causal=True, enable_gqa=True
+    )
+    assert_close(output, expected)
+
+
+def test_far_positions_are_exact():
+    near = torch.arange(40)[None] + 1000
+    query, keys = case(near, dtype=torch.float32)
+    sinks = first_keys(case(torch.arange(3)[None], dtype=torch.float32)[1], 3)
+    config = LambdaConfig(window=16, sinks=3, distance_limit=16)
+    outputs = [
+        window_attention(
+            query, near + far, keys._replace(positions=near + far), sinks, config, rotate=rotate
+        )
+        for far in (0, 200_000_000)
+    ]
+    assert torch.equal(*outputs)
+
+
+def test_gradients_reach_everything_and_padding_gives_none():
+    query, keys = case(rows(9, 0, columns=9))
+    leaves = [tensor.requires_grad_() for tensor in (query, keys.key, keys.value)]
+    config = LambdaConfig(window=3, sinks=2, distance_limit=3)
+    window_attention(
+        query, keys.positions, keys, first_keys(keys, 2), config, rotate=rotate
+    ).square().sum().backward()
+    for leaf in leaves:
+        assert leaf.grad[0].abs().sum() > 0
+        assert torch.equal(leaf.grad[1], torch.zeros_like(leaf.grad[1]))
+
+
+def test_half_precision_stays_finite():
+    query, keys = case(rows(20, 3, columns=20), dtype=torch.bfloat16)
+    config = LambdaConfig(window=4, sinks=2, distance_limit=4)
+    output = window_attention(query, keys.positions, keys, first_keys(keys, 2), config)
+    assert output.dtype == torch.bfloat16
+    assert output.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"window": 4, "sinks": -1}, "sinks must not be negative"),
+        ({"window": 4, "distance_limit": 0}, "distance_limit must be at least 1"),
+        ({"window": 4, "clamp": "never"}, "clamp must be"),
+    ],
+)
+def test_settings_are_checked(settings, words):
+    with pytest.raises(InputError, match=words):
+        LambdaConfig(**settings)
+
+
+def test_shapes_are_checked():
+    query, keys = case(rows(5, columns=5))
+    config = LambdaConfig(window=4, sinks=1)
+    sinks = first_keys(keys, 1)
+    with pytest.raises(InputError, match="every query must have one position"):
+        window_attention(query, keys.positions[:, 1:], keys, sinks, config)
+    short = keys._replace(positions=rows(4, columns=4))
+    with pytest.raises(InputError, match="every key must have one position"):
+        window_attention(query, keys.positions, short, sinks, config)
+    with pytest.raises(InputError, match="multiple of key heads"):
+        window_attention(query[:, :3], keys.positions, keys, sinks, config)
+    with pytest.raises(InputError, match="impl must be"):
+        window_attention(query, keys.positions, keys, sinks, config, impl="fast")
