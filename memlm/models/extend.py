@@ -33,7 +33,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import AttentionMaskInterface
 
 from memlm.core.errors import InputError, UnsupportedModelError
-from memlm.models.running import frozen
+from memlm.models.running import EXTENDED, frozen
 from memlm.models.taps import body
 from memlm.models.window_cache import WindowLayer
 from memlm.ops.window_attention import Keys, LambdaConfig, first_keys, window_attention
@@ -42,7 +42,6 @@ FAMILIES = ("gemma2", "gpt_neox", "llama", "mistral", "phi3", "qwen2", "qwen3")
 # scalings whose frequencies do not depend on the length of the input
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _NAME = "memlm_window"
-_MARK = "_memlm_window"
 _PROBE = 8
 # of every body, in this order
 _ARGUMENTS = (
@@ -108,7 +107,7 @@ def restore_context(model: PreTrainedModel) -> PreTrainedModel:
     """
     if not is_extended(model):
         raise InputError("the model must be extended, but it is not; call extend_context(model)")
-    getattr(body(model), _MARK).undo()
+    getattr(body(model), EXTENDED).undo()
     return model
 
 
@@ -124,7 +123,7 @@ def extended(model: PreTrainedModel, **settings: Any) -> Iterator[PreTrainedMode
 
 def is_extended(model: PreTrainedModel) -> bool:
     """Whether ``extend_context`` is in force."""
-    return hasattr(body(model), _MARK)
+    return hasattr(body(model), EXTENDED)
 
 
 class _StillRotary(nn.Module):
@@ -154,7 +153,7 @@ class _Extension:
         self.calls = 0
         inner.rotary_emb = _StillRotary(self.rotary)
         for module in (inner, *self.layers):
-            object.__setattr__(module, _MARK, self)
+            object.__setattr__(module, EXTENDED, self)
         self.handles = [
             inner.register_forward_pre_hook(self.begin, with_kwargs=True),
             inner.register_forward_hook(self.end, always_call=True),
@@ -166,7 +165,7 @@ class _Extension:
             handle.remove()
         self.inner.rotary_emb = self.rotary
         for module in (self.inner, *self.layers):
-            object.__delattr__(module, _MARK)
+            object.__delattr__(module, EXTENDED)
         self.model.set_attn_implementation(self.implementation)
 
     def prove(self, probe: Tensor, expected: Tensor) -> None:
@@ -260,7 +259,7 @@ def _attention(
     sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
-    extension: _Extension | None = getattr(module, _MARK, None)
+    extension: _Extension | None = getattr(module, EXTENDED, None)
     if extension is None or extension.positions is None:
         raise UnsupportedModelError(
             f"the attention {_NAME!r} works only inside a model that extend_context prepared, got "

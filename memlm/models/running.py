@@ -8,6 +8,9 @@ from transformers import PreTrainedModel
 
 from memlm.core.errors import InputError
 
+# Marks the body of a model whose context `models.extend` made endless.
+EXTENDED = "_memlm_window"
+
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Iterator[None]:
@@ -25,10 +28,14 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
 def check_length(model: PreTrainedModel, longest: int) -> None:
     """Refuse windows of more input tokens than the model has positions for.
 
+    A model with an extended context reads any length.
+
     Raises:
         InputError: naming both numbers.
     """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if hasattr(model.get_decoder(), EXTENDED):
+        return
     if limit is not None and longest > limit:
         raise InputError(
             f"windows must not be longer than the model's {limit} positions, got {longest} input "

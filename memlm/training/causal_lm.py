@@ -13,13 +13,11 @@ end ``training.json`` (what came out).
 
 import json
 import math
-import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import transformers
 from torch.utils.data import DataLoader, SequentialSampler
@@ -38,6 +36,7 @@ from memlm.core.config import check
 from memlm.core.errors import FingerprintError, InputError
 from memlm.core.files import read_json, write_json
 from memlm.core.progress import bar
+from memlm.core.randomness import random_state_kept
 from memlm.core.threads import torch_threads
 from memlm.data.tokens import TokenCorpus
 from memlm.models.fingerprint import tokenizer_hash
@@ -104,7 +103,7 @@ def train_causal_lm(
         seed=config.seed,
     )
     evaluated = None if held_out is None else HeldOutBlocks(pack(held_out), config.block_length)
-    with _random_state_kept(), torch_threads(config.threads) as threads:
+    with random_state_kept(), torch_threads(config.threads) as threads:
         torch.manual_seed(config.seed)
         trainer = _BlockTrainer(
             config,
@@ -488,15 +487,3 @@ def _quiet_saving() -> Iterator[None]:
     finally:
         if shown:
             transformers.utils.logging.enable_progress_bar()
-
-
-@contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """The Trainer seeds every global generator: give them back as they were."""
-    state, legacy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng():
-        try:
-            yield
-        finally:
-            random.setstate(state)
-            np.random.set_state(legacy)

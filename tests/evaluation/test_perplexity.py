@@ -16,6 +16,7 @@ from memlm.data.windows import BlockWindows, SlidingWindows, StrideWindows
 from memlm.evaluation.perplexity import evaluate
 from memlm.memory.local import LocalMemory
 from memlm.models.attach import attach
+from memlm.models.extend import extended
 from memlm.models.taps import capture, find_tap
 from memlm.testing.tiny import VOCABULARY, tiny_model, tiny_tokens
 
@@ -325,3 +326,19 @@ def test_losses_that_are_not_finite_name_the_document():
 def test_memory_alone_is_refused_where_it_gives_zero(model):
     with pytest.raises(InputError, match="use lam below 1"):
         evaluate(model, corpus_of(), SlidingWindows(8, 3), memory=FixedMemory(), merge=Mixture(1.0))
+
+
+def test_an_extended_model_is_scored_beyond_its_positions():
+    model = tiny_model("llama")  # 128 positions
+    corpus = TokenCorpus.from_tokens(np.random.default_rng(0).integers(3, 60, 200))
+    whole = SlidingWindows(length=199, stride=199)
+    with pytest.raises(InputError, match="128 positions"):
+        evaluate(model, corpus, whole, progress=False)
+    with extended(model, window=16, sinks=2):
+        scored = evaluate(model, corpus, whole, progress=False)
+        with torch.no_grad():
+            logits = model(torch.from_numpy(corpus.tokens[None, :-1].astype(np.int64))).logits
+    expected = torch.nn.functional.cross_entropy(
+        logits[0], torch.from_numpy(corpus.tokens[1:].astype(np.int64)), reduction="sum"
+    )
+    assert scored.nll == pytest.approx(float(expected), rel=1e-5)
