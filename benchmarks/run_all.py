@@ -22,22 +22,27 @@ def table() -> str:
     def load(name):
         return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
+    imports, extraction, evaluation = load("import"), load("extraction"), load("evaluation")
     lines = [
         "# Results",
         "",
-        "Made by `make bench`; the JSON files beside this hold everything.",
+        "One benchmark a file, `python -m benchmarks.bench_<name>`; `make bench` runs all. The",
+        "JSON files beside this hold everything, the machine included.",
         "",
     ]
-    imports = load("import")
     lines += [
         f"Import, {imports['machine']['cores']} cores, {imports['date']}: "
         f"`import memlm` {imports['import_seconds'] * 1000:.0f} ms beyond Python's own start, "
         f"`memlm --help` {imports['help_seconds'] * 1000:.0f} ms.",
         "",
+        f"Extraction against the bare forward pass of the body, in turn, {extraction['windows']}, "
+        f"{extraction['machine']['threads']} threads, median of "
+        f"{extraction['cases'][0]['rounds']} rounds:",
+        "",
         "| extraction: model | extraction tokens/s | bare body tokens/s | extraction / body |",
         "|---|---|---|---|",
     ]
-    for case in load("extraction")["cases"]:
+    for case in extraction["cases"]:
         lines.append(
             f"| {case['parameters'] / 1e6:.1f} M parameters, {case['layers']} layers "
             f"| {case['extraction_tokens_per_second']:,.0f} "
@@ -46,11 +51,17 @@ def table() -> str:
         )
     lines += [
         "",
+        f"Evaluation of {evaluation['tokens']:,} random tokens, made-up store (256 dimensions, "
+        f"near a 24-dimensional surface), {evaluation['model']}, k = {evaluation['k']:,}, "
+        f"{evaluation['machine']['threads']} threads, median of "
+        f"{evaluation['cases'][0]['rounds']} rounds; the floor is the operations of the products "
+        "and the bytes of the keys at this machine's measured speeds:",
+        "",
         "| evaluation: entries | index | recall@1024 | kNN-LM time / base time | ms per query "
         "| search / floor |",
         "|---|---|---|---|---|---|",
     ]
-    for case in load("evaluation")["cases"]:
+    for case in evaluation["cases"]:
         floor = f"{case['search_over_floor']:.2f}" if "search_over_floor" in case else "-"
         lines.append(
             f"| {case['entries']:,} | {case['index']} | {case['recall']:.2f} "

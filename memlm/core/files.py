@@ -7,8 +7,7 @@ in ``.tmp`` are leftovers and are ignored. Every step that can fail (``os.open``
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -96,9 +95,7 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def clean_temporaries(directory: Path) -> Iterator[None]:
-    """Remove leftover ``*.tmp`` files of dead writers before the block runs."""
+def remove_temporaries(directory: Path) -> None:
+    """Remove leftover ``*.tmp`` files of dead writers."""
     for leftover in directory.glob(f"*{TEMPORARY}"):
         leftover.unlink(missing_ok=True)
-    yield

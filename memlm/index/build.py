@@ -20,7 +20,7 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, InputError
-from memlm.core.files import clean_temporaries, fingerprint, read_json, write_json
+from memlm.core.files import fingerprint, read_json, remove_temporaries, write_json
 from memlm.core.progress import bar
 from memlm.core.types import Index
 from memlm.index.exact import ExactIndex
@@ -249,11 +249,11 @@ class _Build:
             return None
         self.directory.mkdir(parents=True, exist_ok=True)
         record, file = self.directory / BUILDING_RECORD, self.directory / BUILDING_FILE
-        with clean_temporaries(self.directory):
-            try:
-                same = read_json(record)["identity"] == self.identity
-            except (CorruptStoreError, KeyError):
-                same = False
+        remove_temporaries(self.directory)
+        try:
+            same = read_json(record)["identity"] == self.identity
+        except (CorruptStoreError, KeyError):
+            same = False
         if same and file.exists():
             from memlm.index.faiss_index import read_faiss
 

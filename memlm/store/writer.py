@@ -32,7 +32,7 @@ from safetensors.torch import save
 
 from memlm.core.config import check
 from memlm.core.errors import InputError, StoreError
-from memlm.core.files import TEMPORARY, clean_temporaries, sync_directory, write_atomic
+from memlm.core.files import TEMPORARY, remove_temporaries, sync_directory, write_atomic
 from memlm.core.journal import Journal
 from memlm.store.directory import (
     LOCKS,
@@ -282,8 +282,8 @@ class StoreWriter:
                 )
             shards = tuple(finished[number] for number in range(len(manifest.ranges)))
             manifest = replace(manifest, shards=shards, complete=True)
-            with clean_temporaries(self.path):
-                write_manifest(self.path, manifest)
+            remove_temporaries(self.path)
+            write_manifest(self.path, manifest)
             self._note("finalize", entries=len(manifest))
         self.manifest = manifest
 
