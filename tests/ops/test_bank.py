@@ -90,3 +90,33 @@ def test_dimensions_must_agree():
     query, bank, targets = make()
     with pytest.raises(InputError, match="must have one dimension: got 3 and 4"):
         score(query[:, :3], bank, targets, "local", "auto")
+
+
+@pytest.mark.parametrize("tile", [1, 7, 64])
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_many_banks_side_by_side_are_one_after_the_other(tile, impl, monkeypatch):
+    monkeypatch.setattr(room, "_TILE", tile)
+    query, bank, targets = make(entries=24)
+    groups = [field.unflatten(0, (4, 6)) for field in bank]
+    query, targets = query.unflatten(0, (4, 6)), targets.unflatten(0, (4, 6))
+    together = score(query, Bank(*groups), targets, "long", impl)
+    for number in range(4):
+        alone = Bank(*(field[number] for field in groups))
+        partial = score(query[number], alone, targets[number], "long", "reference")
+        for one, other in zip(together, partial, strict=True):
+            torch.testing.assert_close(one[number], other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("rule", ["local", "long", "external"])
+def test_nobody_sees_a_key_without_stream(rule):
+    query, bank, targets = make()
+    places = Places(bank.stream, bank.document, bank.position)
+    hidden = bank._replace(stream=torch.full_like(bank.stream, -1))
+    partial = bank_lse(query, hidden, targets, places, RULES[rule], scale=0.5)
+    assert torch.isneginf(partial.lse).all()
+
+
+def test_leading_dimensions_must_agree():
+    query, bank, targets = make()
+    with pytest.raises(InputError, match="must have the same leading dimensions"):
+        score(query[None], bank, targets[None], "local", "auto")

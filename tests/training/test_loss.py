@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, linear
 
-from memlm.training.loss import head_cross_entropy
+from memlm.core.types import TargetPartial
+from memlm.ops.logsumexp import safe_logsumexp
+from memlm.training.loss import head_cross_entropy, head_memory_loss
 
 
 def reference(hidden, weight, targets):
@@ -69,3 +71,29 @@ def test_does_not_overflow():
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.equal(hidden.grad, torch.zeros(2, 1))
+
+
+@pytest.mark.parametrize("masked", [0.0, 0.4])
+def test_with_a_memory_it_is_one_softmax_over_both(masked):
+    torch.manual_seed(3)
+    hidden = torch.randn(300, 12, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(31, 12, dtype=torch.float64, requires_grad=True)
+    scores = torch.randn(2, 300, dtype=torch.float64)  # on the target, and not
+    scores[:, 7], scores[0, 8] = -torch.inf, -torch.inf
+    scores.requires_grad_()
+    targets = torch.randint(0, 31, (300,)).masked_fill(torch.rand(300) < masked, -100)
+    memory = TargetPartial(lse=safe_logsumexp(scores, dim=0), target_lse=scores[0])
+    loss, alone = head_memory_loss(hidden, weight, targets, memory)
+    counted = targets != -100
+    logits = torch.cat([linear(hidden, weight), scores.T], dim=1)[counted]
+    right = torch.zeros_like(logits, dtype=torch.bool)
+    right[:, 31] = True
+    right[torch.arange(len(right)), targets[counted]] = True
+    own = logits.masked_fill(~right, -torch.inf)
+    expected = (logits.logsumexp(-1) - own.logsumexp(-1)).sum()
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-12)
+    torch.testing.assert_close(alone, reference(hidden, weight, targets))
+    ours = torch.autograd.grad(3 * loss, (hidden, weight, scores))
+    theirs = torch.autograd.grad(3 * expected, (hidden, weight, scores))
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, atol=1e-9, rtol=1e-9)
