@@ -112,6 +112,64 @@ def build_index(
     return index
 
 
+def extend_index(
+    source: Path,
+    keys: KeySource,
+    directory: Path,
+    *,
+    threads: int | None = None,
+    quiet: bool = False,
+) -> Index:
+    """Carry an index on: to the keys it holds, those that a longer store has behind them are added.
+
+    Nothing is trained again, so the recall that was measured before is dropped: measure it anew if
+    much was added.
+
+    Args:
+        source: directory of the index of a store.
+        keys: of a store that begins with the same keys (`memlm.store.rewrite.join`).
+        directory: where to save the longer index.
+        threads: OpenMP threads of FAISS; None: as they are.
+        quiet: show no progress bar.
+
+    Raises:
+        InputError: if there are fewer keys than the index holds, or they are of another width.
+        CorruptStoreError: if the index is damaged.
+    """
+    store_fingerprint = str(getattr(keys, "fingerprint", ""))
+    record = IndexRecord.read(Path(source))
+    check(
+        keys.dim == record.dim and len(keys) >= record.entries,
+        f"the keys must go on where the index of {record.entries:,} keys of {record.dim} "
+        f"dimensions ends, got {len(keys):,} keys of {keys.dim}; join the stores in this order",
+    )
+    if record.engine == "exact":
+        exact = ExactIndex(
+            load_if_it_fits(keys), record.metric, store_fingerprint=store_fingerprint
+        )
+        exact.save(Path(directory))
+        return exact
+
+    from memlm.index.faiss_index import FaissIndex, faiss_threads
+
+    index = FaissIndex.load(Path(source), threads=threads)
+    raw = index._index
+    with (
+        faiss_threads(threads),
+        bar(len(keys), label="index", unit="key", initial=raw.ntotal, quiet=quiet) as progress,
+    ):
+        for start, block in keys.blocks(_BLOCK_ROWS):
+            new = block[max(0, raw.ntotal - start) :]
+            if len(new):
+                add_keys(raw, new, record.metric)
+                progress.update(len(new))
+    index.record = replace(
+        record, entries=len(keys), store_fingerprint=store_fingerprint, recall=None
+    )
+    index.save(Path(directory))
+    return index
+
+
 def load_index(
     directory: Path,
     keys: Tensor | KeySource | None = None,
@@ -205,7 +263,7 @@ class _Build:
             for start, block in self.keys.blocks(_BLOCK_ROWS):
                 if start < done:
                     continue
-                self._add(index, block, start)
+                add_keys(index, block, self.config.metric)
                 progress.update(len(block))
                 if index.ntotal - saved >= _SAVE_EVERY:
                     saved = index.ntotal
@@ -228,20 +286,11 @@ class _Build:
             sample = np.empty((len(ids), self.keys.dim), np.float32)
             for begin in range(0, len(ids), _BLOCK_ROWS):
                 part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
-                sample[begin : begin + len(part)] = self._prepare(self.keys.gather(part), None)
+                sample[begin : begin + len(part)] = prepare_keys(
+                    self.keys.gather(part), self.config.metric
+                )
             index.train(sample)
         return index
-
-    def _add(self, index: Any, block: Tensor, start: int) -> None:
-        keys = self._prepare(block, start)
-        if hasattr(index, "id_map"):  # FAISS wants ids spelled out there
-            index.add_with_ids(keys, np.arange(start, start + len(keys)))
-        else:
-            index.add(keys)
-
-    def _prepare(self, block: Tensor, start: int | None) -> Any:
-        """Keys as FAISS takes them; a bad one is named by its number where that is known."""
-        return prepare_keys(block, self.config.metric, start).cpu().contiguous().numpy()
 
     def _resume(self) -> Any | None:
         """The unfinished index of an earlier attempt at the very same build, or None."""
@@ -267,6 +316,16 @@ class _Build:
             from memlm.index.faiss_index import write_faiss
 
             write_faiss(index, self.directory / BUILDING_FILE)
+
+
+def add_keys(index: Any, keys: Tensor, metric: str) -> None:
+    """Add keys ``(rows, dim)`` to a FAISS index, numbered on from those it holds."""
+    start = index.ntotal
+    block = prepare_keys(keys, metric, start).cpu().contiguous().numpy()
+    if hasattr(index, "id_map"):  # FAISS wants ids spelled out there
+        index.add_with_ids(block, np.arange(start, start + len(block)))
+    else:
+        index.add(block)
 
 
 def _seed(index: Any, seed: int) -> None:

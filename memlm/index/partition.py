@@ -171,6 +171,12 @@ class Clusters:
         )
         return cls.from_assignment(cluster_of, len(offsets) - 1, **known)
 
+    def without(self, dead: Tensor | None) -> "Clusters":
+        """The same clusters without the members that ``dead`` ``(entries,)`` bool marks."""
+        if dead is None:
+            return self
+        return Clusters.from_assignment(self.cluster_of.masked_fill(dead, -1), len(self))
+
     def describe(self) -> dict[str, Any]:
         """Sizes and settings, to print with results: no paths and no checksums."""
         record = self.record

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.types import Candidates, Index, SearchResult, TargetPartial
+from memlm.index.exclude import search_without
 from memlm.index.keys import load_if_it_fits
 from memlm.index.metrics import check_choice
 from memlm.index.partition import Clusters
@@ -64,7 +65,7 @@ from memlm.memory.automaton_state import (
     stepped,
     taken_back,
 )
-from memlm.memory.knn import KnnMemory, Store
+from memlm.memory.knn import KnnMemory, Store, store_state, weighted
 from memlm.memory.pointers import (
     cluster_table,
     compact,
@@ -167,10 +168,13 @@ class AutomatonMemory:
         self._successors = table(following, self.device)
         # What must come for the walk to go on at an entry: no token is -1.
         self._agreeing = table(values.masked_fill(following < 0, -1), self.device)
+        self._exclusion, self._weights = searched.exclusion, searched.weights
         self._clusters = (
-            None if self.clusters is None else cluster_table(self.clusters, self.device)
+            None
+            if self.clusters is None
+            else cluster_table(self.clusters.without(getattr(store, "dead", None)), self.device)
         )
-        self._joins = joins(following, self.config.successors)
+        self._joins = joins(store, following, self.config.successors)
 
     @classmethod
     def from_config(
@@ -321,7 +325,7 @@ class AutomatonMemory:
 
     def _search(self, query: Tensor, rows: Tensor) -> SearchResult:
         """What ``rows`` find, in one call; (-1, -inf) for the other rows."""
-        found = self.index.search(query[rows], self.k)
+        found = search_without(self.index, query[rows], self.k, self._exclusion)
         shape = (len(query), self.k)
         ids = torch.full(shape, -1, dtype=torch.int64, device=self.device)
         scores = query.new_full(shape, -torch.inf)
@@ -369,7 +373,7 @@ class AutomatonMemory:
         valid = entries >= 0
         if state.asleep is not None:
             valid &= ~state.asleep.unsqueeze(1)
-        scores = scores / self.temperature
+        scores = weighted(scores / self.temperature, entries, self._weights)
         bonus = self.config.multiplicity
         if not isinstance(bonus, str) and bonus:
             scores = scores + bonus * contains(state.pointers, entries)
@@ -460,6 +464,6 @@ class AutomatonMemory:
             "scores": self.config.scores,
             "keys": "in memory" if isinstance(self._keys, Tensor) else "on disk",
             "clusters": None if self.clusters is None else self.clusters.describe(),
-            "store": self.store.fingerprint,
+            **store_state(self.store),
             "index": self.index.describe(),
         }

@@ -13,7 +13,8 @@ from memlm.index.keys import KeySource
 from memlm.index.metrics import check_choice, check_k
 from memlm.index.partition import AUTOMATON_DIRECTORY, Clusters, has_clusters, read_record
 from memlm.memory.knn import INDEX_DIRECTORY, Store, check_temperature
-from memlm.memory.pointers import check_successors, next_entries
+from memlm.memory.pointers import check_successors
+from memlm.store.successors import next_entries
 
 GIVEN = "given"
 
@@ -132,18 +133,30 @@ def find_successors(store: Store, successors: Tensor | str) -> Tensor:
     Raises:
         InputError: if those given do not point into the store, or are missing.
     """
-    if isinstance(successors, Tensor):
-        return check_successors(successors.detach().cpu(), len(store))
     check(successors != GIVEN, "successors that are given must be passed, got only the word")
-    if successors == "all":
-        return next_entries(len(store))
-    documents, positions = (getattr(store, name, None) for name in ("documents", "positions"))
-    return next_entries(len(store), documents, positions)
+    documents, positions, known, dead, weights = (
+        getattr(store, name, None)
+        for name in ("documents", "positions", "successors", "dead", "weights")
+    )
+    if isinstance(successors, Tensor):
+        following = check_successors(successors.detach().cpu(), len(store))
+    elif successors == "all":
+        check(
+            weights is None,
+            "successors 'all' must be those of a full store, but this one is pruned and keeps its "
+            "own; use 'documents'",
+        )
+        following = next_entries(len(store))
+    else:
+        following = next_entries(len(store), documents, positions) if known is None else known
+    if dead is None:
+        return following
+    return following.masked_fill((following >= 0) & dead[following.long().clamp(min=0)], -1)
 
 
-def joins(successors: Tensor, name: str) -> bool:
-    """Whether two entries lead to one: never unless successors were given by hand."""
-    if name != GIVEN:
+def joins(store: Store, successors: Tensor, name: str) -> bool:
+    """Whether two entries lead to one: never in a full store, unless they were given by hand."""
+    if name != GIVEN and getattr(store, "weights", None) is None:
         return False
     pointing = successors[successors >= 0]
     return len(pointing.unique()) < len(pointing)

@@ -17,6 +17,7 @@ scale.
 """
 
 import warnings
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,7 @@ from memlm.core.errors import FingerprintError
 from memlm.core.types import Candidates, Index, TargetPartial
 from memlm.index.build import has_index, load_index
 from memlm.index.exact import ExactIndex
+from memlm.index.exclude import Exclusion, search_without
 from memlm.index.keys import KeySource, drop_own, held_keys, load_if_it_fits
 from memlm.index.metrics import check_choice, check_k
 from memlm.index.plan import EXACT_NUMBERS
@@ -103,6 +105,8 @@ class KnnMemory:
     Attributes:
         config: the settings as given.
         temperature: the number in force.
+        weights: ``(entries,)`` logarithms of the weights of a pruned store, else None.
+        exclusion: what is never found: deleted entries.
 
     Raises:
         InputError: for an empty store, k or temperature out of range, or an index of another size
@@ -151,6 +155,9 @@ class KnnMemory:
             f"the store must have {len(store)} values, one per key, got {len(self._values)}; "
             "extract it again",
         )
+        weights, dead = getattr(store, "weights", None), getattr(store, "dead", None)
+        self.weights = None if weights is None else weights.float().log()
+        self.exclusion = None if dead is None else Exclusion(dead)
         self.temperature = (
             typical_spread(index, store, self.k)
             if isinstance(temperature, str)
@@ -167,6 +174,18 @@ class KnnMemory:
             index=config.index,
             recompute=config.recompute,
         )
+
+    def leaving_out(self, first: Tensor, end: Tensor) -> "KnnMemory":
+        """The same memory for the next read only: each query does not see a range of its own.
+
+        Args:
+            first: ``(queries,)`` int64, the first entry that each query must not see.
+            end: ``(queries,)`` int64, one past the last; ``first`` where it may see all.
+        """
+        guarded = copy(self)
+        dead = None if self.exclusion is None else self.exclusion.dead
+        guarded.exclusion = Exclusion(dead, first, end)
+        return guarded
 
     def changed(self, k: int, temperature: float) -> "KnnMemory":
         """The same store and index with other settings, e.g. those that `tune` found."""
@@ -199,7 +218,7 @@ class KnnMemory:
             InputError: for another width or non-finite queries.
         """
         query = query.reshape(-1, query.shape[-1])
-        found = self.index.search(query, self.k)
+        found = search_without(self.index, query, self.k, self.exclusion)
         valid = found.ids >= 0
         scores, ids = found.scores, found.ids
         if self.recompute:
@@ -207,7 +226,8 @@ class KnnMemory:
             valid = ids >= 0
         entries = ids.clamp(min=0).to(self._values.device)
         tokens = self._values[entries].to(ids.device, torch.int64)
-        return Candidates(scores / self.temperature, tokens, ids, valid), None
+        scores = weighted(scores / self.temperature, ids, self.weights)
+        return Candidates(scores, tokens, ids, valid), None
 
     def score(
         self, query: Tensor, targets: Tensor, state: None = None
@@ -245,7 +265,7 @@ class KnnMemory:
             "k": self.k,
             "temperature": self.temperature,
             "recompute": self.recompute,
-            "store": self.store.fingerprint,
+            **store_state(self.store),
             "index": self.index.describe(),
         }
 
@@ -287,6 +307,24 @@ def typical_spread(
     last = scores[some].gather(1, count[some].unsqueeze(-1) - 1).squeeze(-1)
     spread = float((scores[some, 0] - last).median())
     return spread if spread > 0 else 1.0
+
+
+def weighted(scores: Tensor, ids: Tensor, weights: Tensor | None) -> Tensor:
+    """Scores of entries that stand for several: an entry of weight w counts w times.
+
+    Args:
+        scores: ``(queries, n)``, divided by the temperature. (The published code adds the weight
+            before it divides.)
+        ids: ``(queries, n)`` entries, -1 for none.
+        weights: ``(entries,)`` logarithms, or None.
+    """
+    return scores if weights is None else scores + weights.to(scores.device)[ids.clamp(min=0)]
+
+
+def store_state(store: Store) -> dict[str, Any]:
+    """Which store, and how many of its entries are dead, to print with results."""
+    dead = getattr(store, "dead", None)
+    return {"store": store.fingerprint, "dead": 0 if dead is None else int(dead.sum())}
 
 
 def check_temperature(temperature: float) -> None:

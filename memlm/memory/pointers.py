@@ -56,29 +56,6 @@ def table(values: Tensor, device: torch.device) -> Tensor:
     return torch.nn.functional.pad(values, (0, 1), value=-1).to(device)
 
 
-def next_entries(
-    entries: int, documents: Tensor | None = None, positions: Tensor | None = None
-) -> Tensor:
-    """The successor of every entry: the next one, unless the text breaks off between them.
-
-    Args:
-        entries: how many.
-        documents: ``(entries,)`` document of each; a successor is of the same one. None: all are.
-        positions: ``(entries,)`` place in the document; a successor stands right behind.
-
-    Returns:
-        ``(entries,)`` int32 (int64 for huge stores), -1 where there is none.
-    """
-    dtype = torch.int32 if entries <= torch.iinfo(torch.int32).max else torch.int64
-    successors = torch.arange(1, entries + 1, dtype=dtype)
-    successors[-1:] = -1
-    if documents is not None:
-        successors[:-1][documents[1:] != documents[:-1]] = -1
-    if positions is not None:
-        successors[:-1][positions[1:] != positions[:-1] + 1] = -1
-    return successors
-
-
 def check_successors(successors: Tensor, entries: int) -> Tensor:
     """``successors`` if they point into the store.
 

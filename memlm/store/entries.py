@@ -62,17 +62,20 @@ def stored_keys(label: str, keys: Column, rows: int, identity: Identity) -> Tens
     return stored
 
 
-def stored_integers(label: str, column: Column, rows: int, limit: int | None = None) -> Tensor:
-    """Token ids, documents or positions as an int32 CPU tensor ``(rows,)``.
+def stored_integers(
+    label: str, column: Column, rows: int, limit: int | None = None, *, lowest: int = 0
+) -> Tensor:
+    """Token ids, documents, positions or entries as an int32 CPU tensor ``(rows,)``.
 
     Args:
         label: what they are, for messages.
         column: ``(rows,)`` integers of any width.
         rows: how many there must be.
         limit: they must be below it; None: below ``2**31``.
+        lowest: they must not be below it.
 
     Raises:
-        InputError: if the shape or type differs, or one is negative or too large.
+        InputError: if the shape or type differs, or one is out of range.
     """
     given = torch.as_tensor(column).detach()
     check(
@@ -84,11 +87,11 @@ def stored_integers(label: str, column: Column, rows: int, limit: int | None = N
     )
     largest = _LIMIT if limit is None else min(limit, _LIMIT)
     wide = given.to("cpu", torch.int64)
-    bad = torch.nonzero((wide < 0) | (wide >= largest)).reshape(-1)
+    bad = torch.nonzero((wide < lowest) | (wide >= largest)).reshape(-1)
     if len(bad):
         raise InputError(
-            f"the {label} must lie between 0 and {largest - 1}, but {len(bad)} of {rows} do not; "
-            f"the first of them is {int(wide[bad[0]])} in row {int(bad[0])}"
+            f"the {label} must lie between {lowest} and {largest - 1}, but {len(bad)} of {rows} do "
+            f"not; the first of them is {int(wide[bad[0]])} in row {int(bad[0])}"
         )
     return wide.to(torch.int32)
 

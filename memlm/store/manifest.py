@@ -32,9 +32,9 @@ _FORMAT = "memlm-datastore"
 _FORMAT_VERSION = 1
 
 
-def shard_files(number: int, *, places: bool) -> tuple[str, ...]:
-    """The file names of one shard: keys, values and, with ``places``, documents."""
-    kinds = ("keys", "values", "documents") if places else ("keys", "values")
+def shard_files(number: int, *, places: bool, merged: bool = False) -> tuple[str, ...]:
+    """The file names of one shard: keys, values and what else its entries have."""
+    kinds = ["keys", "values"] + ["documents"] * places + ["merged"] * merged
     return tuple(f"{kind}-{number:05d}.safetensors" for kind in kinds)
 
 
@@ -113,6 +113,7 @@ class StoreInfo(Config):
     Attributes:
         metric: how its keys are meant to be compared: ``"l2"``, ``"ip"`` or ``"cosine"``.
         places: whether every entry has a document and a position in it.
+        merged: whether every entry has a weight and a successor, as `memlm.store.prune` leaves it.
         documents: how many documents there are, None if unknown.
         vocab_size: size of the vocabulary; values are below it. None: not checked.
         corpus: informative description of the text (names, counts) as plain JSON values.
@@ -120,6 +121,7 @@ class StoreInfo(Config):
 
     metric: str = "l2"
     places: bool = True
+    merged: bool = False
     documents: int | None = None
     vocab_size: int | None = None
     corpus: Mapping[str, Any] = field(default_factory=dict)
@@ -165,8 +167,8 @@ class ShardRecord:
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any], *, places: bool) -> Self:
-        """The record that ``to_dict`` wrote.
+    def from_dict(cls, values: Mapping[str, Any], info: "StoreInfo") -> Self:
+        """The record that ``to_dict`` wrote, of a store that says ``info`` about itself.
 
         Raises:
             InputError: if something is missing, mistyped or names a file that a shard of this
@@ -178,7 +180,8 @@ class ShardRecord:
             sums = {str(name): str(value) for name, value in values["checksums"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"a shard record is malformed ({error!r})") from error
-        expected = set(shard_files(number, places=places)) if number >= 0 else set()
+        names = shard_files(number, places=info.places, merged=info.merged)
+        expected = set(names) if number >= 0 else set()
         check(
             set(sizes) == expected == set(sums),
             f"shard {number} must have the files {', '.join(sorted(expected))}, "
@@ -233,6 +236,7 @@ class Manifest:
     def plan_fingerprint(self) -> str:
         """Of identity, settings and plan: equal for runs that may continue one another."""
         settings = [self.info.metric, self.info.places, self.info.vocab_size]
+        settings += ["merged"] * self.info.merged
         ranges = [list(planned) for planned in self.ranges]
         return fingerprint([self.identity.fingerprint, settings, ranges])
 
@@ -290,9 +294,7 @@ class Manifest:
                 ranges=tuple(
                     PlannedRange(*(int(item) for item in row)) for row in values["ranges"]
                 ),
-                shards=tuple(
-                    ShardRecord.from_dict(shard, places=info.places) for shard in values["shards"]
-                ),
+                shards=tuple(ShardRecord.from_dict(shard, info) for shard in values["shards"]),
                 complete=values["complete"] is True,
             )
         except (InputError, KeyError, TypeError, ValueError, AttributeError) as error:

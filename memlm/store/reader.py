@@ -17,8 +17,11 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, InputError, StoreError
+from memlm.core.files import read_json
 from memlm.store.manifest import Manifest, read_manifest, shard_files
+from memlm.store.successors import next_entries
 
+DELETED = "deleted.json"
 TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -32,11 +35,13 @@ class Datastore:
     Attributes:
         path: its directory.
         manifest: what it is.
+        deleted: numbers of its deleted documents, ascending.
     """
 
-    def __init__(self, path: Path, manifest: Manifest):
+    def __init__(self, path: Path, manifest: Manifest, deleted: tuple[int, ...] = ()):
         self.path = path
         self.manifest = manifest
+        self.deleted = deleted
         rows = [shard.rows for shard in manifest.shards]
         self._starts = torch.tensor([0, *rows], dtype=torch.int64).cumsum(0)
         self._mapped: list[Tensor | None] = [None] * len(rows)
@@ -60,7 +65,7 @@ class Datastore:
             for name, size in shard.sizes.items():
                 if problem := size_problem(path / name, size):
                     raise CorruptStoreError(problem)
-        return cls(path, manifest)
+        return cls(path, manifest, read_deleted(path))
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -102,6 +107,28 @@ class Datastore:
     def positions(self) -> Tensor | None:
         """``(entries,)`` int32 place of the predicted token in its document, or None."""
         return self._column("documents", "position") if self.manifest.info.places else None
+
+    @cached_property
+    def dead(self) -> Tensor | None:
+        """``(entries,)`` bool, whether an entry's document is deleted; None if none is."""
+        if not self.deleted or self.documents is None:
+            return None
+        return torch.isin(self.documents, torch.tensor(self.deleted, dtype=torch.int32))
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        """``(entries,)`` int32, how many entries each stands for in a pruned store, else None."""
+        return self._column("merged", "weight") if self.manifest.info.merged else None
+
+    @cached_property
+    def successors(self) -> Tensor:
+        """``(entries,)`` integers, the entry after each in its document, -1 where there is none.
+
+        In a pruned store it is the one that stands for the follower.
+        """
+        if self.manifest.info.merged:
+            return self._column("merged", "successor")
+        return next_entries(len(self), self.documents, self.positions)
 
     def gather(self, ids: Tensor) -> Tensor:
         """The keys of some entries; the pages of the others are not touched.
@@ -186,6 +213,7 @@ class Datastore:
         return {
             "store": str(self.path),
             "entries": len(self),
+            "deleted_documents": len(self.deleted),
             "dim": self.dim,
             "dtype": identity.dtype,
             "model": identity.model,
@@ -211,6 +239,24 @@ class Datastore:
                 file, name, (record.rows,), torch.int32
             )
         return column
+
+
+def read_deleted(path: Path) -> tuple[int, ...]:
+    """Numbers of the deleted documents of the store in the directory ``path``, ascending.
+
+    Raises:
+        CorruptStoreError: if the list cannot be read.
+    """
+    file = path / DELETED
+    if not file.exists():
+        return ()
+    try:
+        return tuple(int(document) for document in read_json(file)["documents"])
+    except (InputError, KeyError, TypeError, ValueError) as error:
+        raise CorruptStoreError(
+            f"{file} must list the deleted documents but cannot be read ({error!r}); restore it "
+            "from a copy"
+        ) from error
 
 
 def size_problem(path: Path, size: int) -> str | None:

@@ -132,6 +132,10 @@ def _shard_problems(path: Path, manifest: Manifest, shard: ShardRecord, level: L
             "document": ((shard.rows,), torch.int32),
             "position": ((shard.rows,), torch.int32),
         },
+        "merged": {
+            "weight": ((shard.rows,), torch.int32),
+            "successor": ((shard.rows,), torch.int32),
+        },
     }
     for name, size in shard.sizes.items():
         file = path / name

@@ -57,6 +57,8 @@ from memlm.store.manifest import (
 )
 from memlm.store.reader import Datastore, size_problem
 
+_LOWEST = {"weight": 1, "successor": -1}
+
 
 class StoreWriter:
     """A datastore being built. Cheap to make; every worker opens its own.
@@ -188,6 +190,8 @@ class StoreWriter:
         values: Column,
         documents: Column | None = None,
         positions: Column | None = None,
+        weights: Column | None = None,
+        successors: Column | None = None,
     ) -> None:
         """Write the entries of one range; on return they are on disk for good.
 
@@ -197,6 +201,8 @@ class StoreWriter:
             values: ``(rows,)`` integers, the token that followed each key.
             documents: ``(rows,)`` integers, the document of that token.
             positions: ``(rows,)`` integers, the place of that token in its document.
+            weights: ``(rows,)`` integers from 1, how many entries of a full store each stands for.
+            successors: ``(rows,)`` integers, the entry that follows each in the text; -1: none.
 
         Raises:
             InputError: if shapes do not fit the plan, keys are not finite in the store's dtype, or
@@ -217,26 +223,31 @@ class StoreWriter:
                 )
             },
         ]
-        if self.manifest.info.places:
-            if documents is None or positions is None:
-                raise InputError(
-                    f"{where} must come with documents and positions, got none; to leave them out, "
-                    "open the store with places=False"
-                )
-            tensors.append(
-                {
-                    "document": stored_integers(f"documents of {where}", documents, planned.rows),
-                    "position": stored_integers(f"positions of {where}", positions, planned.rows),
-                }
-            )
-        else:
+        optional = {
+            "documents and positions": ("places", {"document": documents, "position": positions}),
+            "weights and successors": ("merged", {"weight": weights, "successor": successors}),
+        }
+        for what, (setting, columns) in optional.items():
+            wanted = getattr(self.manifest.info, setting)
+            given = [column for column in columns.values() if column is not None]
             check(
-                documents is None and positions is None,
-                f"{where} must come without documents and positions, as the store was opened with "
-                "places=False",
+                len(given) == (len(columns) if wanted else 0),
+                f"{where} must come {'with' if wanted else 'without'} {what}, as the store was "
+                f"opened with {setting}={wanted}, got {len(given)} of these columns",
             )
+            if wanted:
+                tensors.append(
+                    {
+                        name: stored_integers(
+                            f"{name}s of {where}", column, planned.rows, lowest=_LOWEST.get(name, 0)
+                        )
+                        for name, column in columns.items()
+                        if column is not None
+                    }
+                )
         sizes, checksums = {}, {}
-        names = shard_files(number, places=self.manifest.info.places)
+        info = self.manifest.info
+        names = shard_files(number, places=info.places, merged=info.merged)
         for name, content in zip(names, tensors, strict=True):
             data = save(content)
             write_atomic(self.path / name, lambda file, data=data: file.write(data))
@@ -300,11 +311,11 @@ class StoreWriter:
 
     def _finished(self, numbers: Sequence[int] | None = None) -> dict[int, ShardRecord]:
         """Records of finished ranges, of all or of ``numbers`` only."""
-        ranges, places = self.manifest.ranges, self.manifest.info.places
+        ranges = self.manifest.ranges
         finished = {}
         for line in self._journal.read():
             try:
-                record = ShardRecord.from_dict(line, places=places)
+                record = ShardRecord.from_dict(line, self.manifest.info)
             except InputError:
                 continue  # not a line of ours, or torn in a way that is still JSON
             if record.number < len(ranges) and record.rows == ranges[record.number].rows:
@@ -317,7 +328,7 @@ class StoreWriter:
         }
 
     def _remove_leftovers(self, number: int) -> None:
-        for name in shard_files(number, places=True):
+        for name in shard_files(number, places=True, merged=True):
             for leftover in self.path.glob(f"{name}.*{TEMPORARY}"):
                 leftover.unlink(missing_ok=True)
 
@@ -347,6 +358,8 @@ def save_arrays(
     *,
     documents: Column | None = None,
     positions: Column | None = None,
+    weights: Column | None = None,
+    successors: Column | None = None,
     model: str = "unknown",
     model_hash: str | None = None,
     tokenizer_hash: str | None = None,
@@ -368,6 +381,8 @@ def save_arrays(
         values: ``(entries,)`` integers, the token that followed each key.
         documents: ``(entries,)`` integers or None; together with ``positions`` or not at all.
         positions: ``(entries,)`` integers or None.
+        weights: ``(entries,)`` integers or None; together with ``successors`` or not at all.
+        successors: ``(entries,)`` integers or None.
         model: name for people.
         model_hash: of the model that made the keys, None if unknown (then it cannot be checked).
         tokenizer_hash: of its tokenizer, None if unknown.
@@ -388,13 +403,24 @@ def save_arrays(
         keys.ndim == 2 and keys.shape[0] >= 1 and keys.shape[1] >= 1,
         f"keys must have shape (entries, dim) with at least one entry, got {tuple(keys.shape)}",
     )
-    check(
-        (documents is None) == (positions is None),
-        "documents and positions must be given together or not at all, got one of them",
-    )
+    for pair, columns in (
+        ("documents and positions", (documents, positions)),
+        ("weights and successors", (weights, successors)),
+    ):
+        check(
+            (columns[0] is None) == (columns[1] is None),
+            f"{pair} must be given together or not at all, got one of them",
+        )
     check(shard_rows >= 1, f"shard_rows must be at least 1, got {shard_rows}")
     count, dim = keys.shape
-    for label, column in (("values", values), ("documents", documents), ("positions", positions)):
+    columns = {
+        "values": values,
+        "documents": documents,
+        "positions": positions,
+        "weights": weights,
+        "successors": successors,
+    }
+    for label, column in columns.items():
         check(
             column is None or tuple(column.shape) == (count,),
             f"{label} must have shape ({count},) like the keys, "
@@ -410,7 +436,11 @@ def save_arrays(
         corpus_hash=corpus_hash or integers_hash(values),
     )
     info = StoreInfo(
-        metric=metric, places=documents is not None, vocab_size=vocab_size, corpus=corpus or {}
+        metric=metric,
+        places=documents is not None,
+        merged=weights is not None,
+        vocab_size=vocab_size,
+        corpus=corpus or {},
     )
     ranges = [
         PlannedRange(at, min(at + shard_rows, count), min(shard_rows, count - at))
@@ -428,9 +458,11 @@ def save_arrays(
                 writer.write(
                     number,
                     in_memory(keys[part]),
-                    in_memory(values[part]),
-                    None if documents is None else in_memory(documents[part]),
-                    None if positions is None else in_memory(positions[part]),
+                    **{
+                        name: in_memory(column[part])
+                        for name, column in columns.items()
+                        if column is not None
+                    },
                 )
     return writer.finalize()
 

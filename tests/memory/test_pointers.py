@@ -18,7 +18,6 @@ from memlm.memory.pointers import (
     first_copies,
     follow,
     members,
-    next_entries,
     table,
 )
 
@@ -101,15 +100,6 @@ def test_members_of_the_most_hit_clusters_come_first(rows, count, most, seed):
         for cluster in sorted(hits, key=lambda c: (-hits[c], c)):
             expected += [x for x in range(ENTRIES) if cluster_of[x] == cluster]
         assert [x for x in mine.tolist() if x >= 0] == expected[:most]
-
-
-def test_successors():
-    documents = torch.tensor([0, 0, 0, 1, 1, 2])
-    positions = torch.tensor([1, 2, 4, 1, 2, 3])
-    assert next_entries(6).tolist() == [1, 2, 3, 4, 5, -1]
-    assert next_entries(6, documents).tolist() == [1, 2, -1, 4, -1, -1]
-    assert next_entries(6, documents, positions).tolist() == [1, -1, -1, 4, -1, -1]
-    assert next_entries(1, documents[:1], positions[:1]).tolist() == [-1]
 
 
 @pytest.mark.parametrize(

@@ -153,7 +153,7 @@ def test_a_path_without_a_store_is_named(tmp_path):
             lambda: Manifest(identity(), info(), tuple(ranges()), complete=True),
             "3 ranges do not match 0 shards",
         ),
-        (lambda: ShardRecord.from_dict({}, places=True), "malformed"),
+        (lambda: ShardRecord.from_dict({}, StoreInfo()), "malformed"),
         (lambda: plan_ranges([], 4), "at least one window"),
         (lambda: plan_ranges([1], 0), "shard_rows must be at least 1"),
         (

@@ -360,10 +360,10 @@ def test_interrupted_arrays_are_continued(tmp_path, monkeypatch):
     save_arrays(tmp_path / "whole", keys, values, shard_rows=2)
     written = StoreWriter.write
 
-    def die(self, number, *columns):
+    def die(self, number, *columns, **named):
         if number == 3:
             raise KeyboardInterrupt
-        written(self, number, *columns)
+        written(self, number, *columns, **named)
 
     monkeypatch.setattr(StoreWriter, "write", die)
     with pytest.raises(KeyboardInterrupt):
