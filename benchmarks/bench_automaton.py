@@ -18,31 +18,36 @@ import torch
 
 from benchmarks.common import paired, save
 from memlm.core.types import Index
-from memlm.index.build import build_index
+from memlm.index.build import build_index, load_index
 from memlm.index.cluster import ClusterConfig, cluster_store
 from memlm.index.exact import ExactIndex
 from memlm.index.faiss_index import FaissIndex
 from memlm.index.plan import IndexConfig
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
+from memlm.methods.knn_lm import index_store
 from memlm.store.reader import Datastore
 from memlm.store.writer import save_arrays
 from memlm.testing.automaton import PlainAutomaton
 
 DIM, VOCABULARY, NEIGHBOURS = 256, 512, 1024
 CONTEXT = (1.0, 0.6, 0.35, 0.2)  # weights of the last tokens in a key
-STEPS = 48
+MOST_CLUSTERS, MOST_LISTS = 4000, 4096  # k-means of more takes hours on two cores
 
 
 class Text:
-    """Random text in which every pair of tokens has a few likely continuations."""
+    """Random text in which every pair of tokens has a few likely continuations.
 
-    def __init__(self, seed: int = 0):
-        self.generator = torch.Generator().manual_seed(seed)
+    ``drawn`` is the seed of the text; the language is always the same.
+    """
+
+    def __init__(self, drawn: int = 1):
+        self.generator = torch.Generator().manual_seed(0)
         shape = (VOCABULARY, VOCABULARY, 4)
         self.next = torch.randint(0, VOCABULARY, shape, generator=self.generator)
         self.choice = torch.tensor([0.6, 0.25, 0.1, 0.05])
         self.vectors = torch.randn(len(CONTEXT), VOCABULARY, DIM, generator=self.generator)
+        self.generator.manual_seed(drawn)
 
     def tokens(self, rows: int, length: int) -> torch.Tensor:
         """Random text ``(rows, length)``."""
@@ -172,19 +177,25 @@ class Reconstructed:
 
 
 def measure_walk(
-    store: Datastore, text: Text, index: Index, rows: int, rounds: int, clustered: bool
+    store: Datastore,
+    text: Text,
+    index: Index,
+    rows: int,
+    length: int,
+    rounds: int,
+    clustered: bool,
 ) -> dict:
     automaton = AutomatonMemory(
         store, k=NEIGHBOURS, index=index, clusters="auto" if clustered else None
     )
     knn = KnnMemory(store, k=NEIGHBOURS, index=index)
-    tokens = text.tokens(rows, STEPS + 1)
+    tokens = text.tokens(rows, length + 1)
     keys = text.keys(tokens)[:, :-1]
     timing = paired(
         lambda: walk(knn, tokens, keys), lambda: walk(automaton, tokens, keys), rounds=rounds
     )
     stats = automaton.stats(walk(automaton, tokens, keys))
-    per_token = 1000 / (rows * STEPS)
+    per_token = 1000 / (rows * length)
     return {
         "entries": len(store),
         "rows": rows,
@@ -197,27 +208,33 @@ def measure_walk(
     }
 
 
-def walks(entries: int, batches: list[int], rounds: int, threads: int) -> list[dict]:
-    text, cases = Text(), []
-    with tempfile.TemporaryDirectory() as folder:
-        store = make_store(Path(folder) / "store", text, entries)
-        cluster_store(
-            store,
-            ClusterConfig(clusters=entries // 500, sample=20 * entries // 250),
-            threads=threads,
-            quiet=True,
-        )
-        lists = int(4 * entries**0.5)
-        config = IndexConfig(type="ivfpq", lists=lists, train_size=64 * lists)
-        indexes: dict[str, Index] = {
-            "exact": ExactIndex(store.load_keys()),
-            "ivfpq": build_index(store, config, threads=threads, quiet=True),
-        }
-        for (kind, index), rows, clustered in itertools.product(
-            indexes.items(), batches, (False, True)
-        ):
-            case = measure_walk(store, text, index, rows, rounds, clustered)
-            cases.append({"index": kind, "recall": index.describe()["recall"]["value"], **case})
+def prepare(folder: Path, entries: int, threads: int) -> Datastore:
+    """A store with clusters and an IVF-PQ index, made once and kept in ``folder``."""
+    if (folder / "index" / "index.json").exists():
+        return Datastore.open(folder)
+    store = make_store(folder, Text(), entries)
+    clusters = min(entries // 500, MOST_CLUSTERS)
+    config = ClusterConfig(clusters=clusters, sample=40 * clusters)
+    cluster_store(store, config, threads=threads)
+    lists = min(int(4 * entries**0.5), MOST_LISTS)
+    index_store(
+        store, IndexConfig(type="ivfpq", lists=lists, train_size=64 * lists), threads=threads
+    )
+    return store
+
+
+def walks(store: Datastore, batches: list[int], length: int, rounds: int) -> list[dict]:
+    """kNN-LM against RetoMaton, by exact search and by the index of the store."""
+    text, cases = Text(drawn=2), []
+    indexes: dict[str, Index] = {
+        "exact": ExactIndex(store.load_keys()),
+        "ivfpq": load_index(store.path / "index", store),
+    }
+    for (kind, index), rows, clustered in itertools.product(
+        indexes.items(), batches, (False, True)
+    ):
+        case = measure_walk(store, text, index, rows, length, rounds, clustered)
+        cases.append({"index": kind, "recall": index.describe()["recall"]["value"], **case})
     return cases
 
 
@@ -227,21 +244,30 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--entries", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--tokens", type=int, default=48, help="walked by each sequence")
+    parser.add_argument("--name", default="automaton", help="of the file under results")
+    parser.add_argument("--folder", type=Path, help="keep the stores here, and use those there are")
+    parser.add_argument("--only-prepare", action="store_true", help="make the stores, time nothing")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    steps = [
-        measure_step(rows, 4 * options.rounds, from_index=from_index)
-        for rows, from_index in itertools.product(options.batches, (False, True))
-    ]
-    cases = [
-        case
-        for entries in options.entries
-        for case in walks(entries, options.batches, options.rounds, options.threads)
-    ]
-    save(
-        "automaton",
-        {"dim": DIM, "k": NEIGHBOURS, "tokens": STEPS, "steps": steps, "walks": cases},
-    )
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = options.folder or Path(temporary)
+        stores = [
+            prepare(folder / str(entries), entries, options.threads) for entries in options.entries
+        ]
+        if options.only_prepare:
+            return
+        steps = [
+            measure_step(rows, 4 * options.rounds, from_index=from_index)
+            for rows, from_index in itertools.product(options.batches, (False, True))
+        ]
+        cases = [
+            case
+            for store in stores
+            for case in walks(store, options.batches, options.tokens, options.rounds)
+        ]
+    settings = {"dim": DIM, "k": NEIGHBOURS, "tokens": options.tokens}
+    save(options.name, {**settings, "steps": steps, "walks": cases})
 
 
 if __name__ == "__main__":

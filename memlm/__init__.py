@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from memlm.evaluation.tune import tune as tune
     from memlm.extract.build import build_datastore as build_datastore
     from memlm.extract.config import ExtractionConfig as ExtractionConfig
+    from memlm.importers.datastore import export_datastore as export_datastore
+    from memlm.importers.datastore import import_datastore as import_datastore
     from memlm.index.cluster import ClusterConfig as ClusterConfig
     from memlm.index.cluster import cluster_store as cluster_store
     from memlm.index.plan import IndexConfig as IndexConfig
@@ -38,12 +40,16 @@ if TYPE_CHECKING:
     from memlm.methods.knn_lm import index_store as index_store
     from memlm.methods.knn_lm import knn_lm as knn_lm
     from memlm.methods.lm_infinite import lm_infinite as lm_infinite
+    from memlm.methods.pruning import prune_store as prune_store
     from memlm.methods.retomaton import retomaton as retomaton
     from memlm.models.attach import MemoryForCausalLM as MemoryForCausalLM
     from memlm.models.attach import attach as attach
     from memlm.models.extend import extend_context as extend_context
     from memlm.models.extend import restore_context as restore_context
+    from memlm.store.deleted import delete_documents as delete_documents
     from memlm.store.reader import Datastore as Datastore
+    from memlm.store.rewrite import compact_store as compact_store
+    from memlm.store.rewrite import join_stores as join_stores
     from memlm.training.causal_lm import TrainConfig as TrainConfig
     from memlm.training.causal_lm import train_causal_lm as train_causal_lm
     from memlm.training.tokenizer import train_tokenizer as train_tokenizer
@@ -70,11 +76,17 @@ _HOME = {
     "attach": "memlm.models.attach",
     "build_datastore": "memlm.extract.build",
     "cluster_store": "memlm.index.cluster",
+    "compact_store": "memlm.store.rewrite",
+    "delete_documents": "memlm.store.deleted",
     "evaluate": "memlm.evaluation.perplexity",
+    "export_datastore": "memlm.importers.datastore",
     "extend_context": "memlm.models.extend",
+    "import_datastore": "memlm.importers.datastore",
     "index_store": "memlm.methods.knn_lm",
+    "join_stores": "memlm.store.rewrite",
     "knn_lm": "memlm.methods.knn_lm",
     "lm_infinite": "memlm.methods.lm_infinite",
+    "prune_store": "memlm.methods.pruning",
     "read_documents": "memlm.data.documents",
     "restore_context": "memlm.models.extend",
     "retomaton": "memlm.methods.retomaton",

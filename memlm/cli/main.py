@@ -15,6 +15,7 @@ from memlm.cli.build import Build
 from memlm.cli.cluster import Cluster
 from memlm.cli.demo import Demo
 from memlm.cli.doctor import Doctor
+from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
 from memlm.cli.generate import Generate
 from memlm.cli.index import BuildIndex
@@ -30,6 +31,10 @@ _VERBS: dict[str, Any] = {
     "cluster": Cluster,
     "evaluate": Evaluate,
     "generate": Generate,
+    "delete": Delete,
+    "compact": Compact,
+    "prune": Prune,
+    "join": Join,
     "verify": Verify,
     "doctor": Doctor,
 }

@@ -127,7 +127,7 @@ def extend_index(
 
     Args:
         source: directory of the index of a store.
-        keys: of a store that begins with the same keys (`memlm.store.rewrite.join`).
+        keys: of a store that begins with the same keys (`memlm.store.rewrite.join_stores`).
         directory: where to save the longer index.
         threads: OpenMP threads of FAISS; None: as they are.
         quiet: show no progress bar.

@@ -12,11 +12,14 @@ so beams copy rows, taking back tokens cuts the end, and `read` looks at the las
 state grows with the text like the model's own key-value cache, one hidden state per token, because
 only then can any number of tokens be taken back.
 
+Where whole windows are scored (`memlm.memory.windows`), the text is the window: all its positions
+are asked at once, and nothing is kept.
+
 Differs from the papers' code: a row without a past has no candidate, instead of a zero key.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,23 +27,31 @@ from torch import Tensor
 from memlm.core.config import Config, check
 from memlm.core.types import Candidates, TargetPartial
 from memlm.index.metrics import METRICS, check_choice
+from memlm.memory.growing import Growing
 from memlm.memory.knn import check_temperature
 from memlm.memory.scores import similarity
+from memlm.memory.windows import Window, score_bank
+from memlm.ops.bank import Places, Visibility, earlier_in_stream
 from memlm.ops.tokens import target_partial
 
 
-class LocalState(NamedTuple):
-    """What every row has seen.
+class LocalState(Growing):
+    """What every row has seen."""
 
-    Attributes:
-        tokens: ``(rows, length)`` int64.
-        keys: ``(rows, length, dim)`` hidden states at those tokens; dim is 0 before the first.
-        valid: ``(rows, length)`` bool, False on padding.
-    """
+    @property
+    def tokens(self) -> Tensor:
+        """``(rows, length)`` int64."""
+        return self.columns[0]
 
-    tokens: Tensor
-    keys: Tensor
-    valid: Tensor
+    @property
+    def keys(self) -> Tensor:
+        """``(rows, length, dim)`` hidden states at those tokens; dim is 0 before the first."""
+        return self.columns[1]
+
+    @property
+    def valid(self) -> Tensor:
+        """``(rows, length)`` bool, False on padding."""
+        return self.columns[2]
 
 
 @dataclass(frozen=True)
@@ -98,11 +109,7 @@ class LocalMemory(Config):
         keys = keys.detach()
         if length == 0:
             return LocalState(tokens, keys, valid)
-        return LocalState(
-            torch.cat([state.tokens, tokens.to(state.tokens.device)], dim=1),
-            torch.cat([state.keys, keys.to(state.keys)], dim=1),
-            torch.cat([state.valid, valid.to(state.valid.device)], dim=1),
-        )
+        return state.append(tokens, keys, valid)
 
     @torch.no_grad()
     def read(self, query: Tensor, state: LocalState) -> tuple[Candidates, LocalState]:
@@ -154,8 +161,7 @@ class LocalMemory(Config):
 
     def select_rows(self, state: LocalState, index: Tensor) -> LocalState:
         """The state of the rows ``index``, copied or dropped."""
-        index = index.to(state.tokens.device)
-        return LocalState(*(part[index] for part in state))
+        return state.select(index.to(state.tokens.device))
 
     def crop(self, state: LocalState, length: int) -> LocalState:
         """The state after only the first ``length`` tokens.
@@ -165,7 +171,47 @@ class LocalMemory(Config):
         """
         seen = state.tokens.shape[1]
         check(0 <= length <= seen, f"length must lie between 0 and {seen}, got {length}")
-        return LocalState(*(part[:, :length] for part in state))
+        return state.crop(length)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether whole windows can be scored at once: for dot products."""
+        return self.metric == "ip"
+
+    @torch.no_grad()
+    def score_window(self, window: Window, state: LocalState) -> tuple[TargetPartial, LocalState]:
+        """What the earlier positions of each window say about its scored tokens.
+
+        Args:
+            window: the positions.
+            state: given back as it is; windows share nothing.
+
+        Returns:
+            ``(scored,)`` partial, and the state.
+        """
+        rows, width = window.tokens.shape
+        place = torch.arange(width, device=window.tokens.device).expand(rows, width)
+        zeros = torch.zeros_like(place)
+        asked = slice(window.first, width)
+        partial = score_bank(
+            window,
+            window.keys,
+            window.tokens,
+            window.real,
+            Places(zeros, zeros, place),
+            Places(zeros[:, asked], zeros[:, asked], place[:, asked]),
+            self._within_size,
+            self.temperature,
+        )
+        return partial, state
+
+    @property
+    def _within_size(self) -> Visibility:
+        def rule(query: Places, key: Places) -> Tensor:
+            near = key.position[..., None, :] >= query.position[..., :, None] - self.size
+            return earlier_in_stream(query, key) & near
+
+        return rule
 
     def stats(self, state: LocalState) -> dict[str, Any]:
         """Candidates of the next read."""

@@ -2,7 +2,8 @@
 
 ``deleted.json`` names the documents that nobody may find any more. The entries stay where they are,
 so indexes and clusters of the store go on being valid; whoever reads the store leaves dead entries
-out of what it finds (`Datastore.dead`). `memlm.store.rewrite.compact` makes a store without them.
+out of what it finds (`Datastore.dead`). `memlm.store.rewrite.compact_store` writes one without
+them.
 
 The store's fingerprint does not change, that of what a memory says does: `KnnMemory.describe`
 counts the dead.

@@ -65,7 +65,7 @@ class _Joined:
         return torch.cat(parts)
 
 
-def compact(store: Datastore, out: str | Path) -> Datastore:
+def compact_store(store: Datastore, out: str | Path) -> Datastore:
     """A store without the entries of deleted documents; the other documents keep their numbers.
 
     Args:
@@ -127,7 +127,7 @@ def prune(store: Datastore, parent: Tensor, weights: Tensor, out: str | Path) ->
     return _write(store, weights.nonzero().squeeze(-1), out, weights=weights, successors=heirs)
 
 
-def join(stores: Sequence[Datastore], out: str | Path) -> Datastore:
+def join_stores(stores: Sequence[Datastore], out: str | Path) -> Datastore:
     """One store of several: their entries one after the other, their documents renumbered alike.
 
     What was deleted stays deleted. Indexes and clusters are not joined; an index of the first store

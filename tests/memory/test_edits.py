@@ -11,7 +11,7 @@ from memlm.index.plan import IndexConfig
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
 from memlm.store.deleted import delete_documents
-from memlm.store.rewrite import compact, join, prune
+from memlm.store.rewrite import compact_store, join_stores, prune
 from memlm.store.writer import save_arrays
 
 DOCUMENTS, LENGTH, DIM, VOCABULARY = 10, 20, 6, 5
@@ -50,7 +50,7 @@ def test_deleted_as_if_never_there(tmp_path, clustered):
     store = make(tmp_path / "s")
     clusters = cluster_store(store, ClusterConfig(clusters=4), quiet=True) if clustered else None
     store = delete_documents(store, [0, 4, 9])
-    small = compact(store, tmp_path / "small")
+    small = compact_store(store, tmp_path / "small")
     alive = (~store.dead).nonzero().squeeze(-1)
     if clusters is not None:
         kept = type(clusters).from_assignment(clusters.cluster_of[alive], len(clusters))
@@ -68,7 +68,7 @@ def test_an_index_that_is_carried_on_finds_both(tmp_path):
     one, two = make(tmp_path / "one"), make(tmp_path / "two", seed=3)
     config = IndexConfig(factory="IVF4,Flat", nprobe=4, train_size=200)
     build_index(one, config, directory=tmp_path / "one" / "index", quiet=True)
-    whole = join([one, two], tmp_path / "whole")
+    whole = join_stores([one, two], tmp_path / "whole")
     longer = extend_index(one.path / "index", whole, whole.path / "index", quiet=True)
     queries = torch.randn(5, DIM)
     exact = ExactIndex(whole.load_keys()).search(queries, 9)

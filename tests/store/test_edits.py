@@ -8,7 +8,7 @@ import torch
 from memlm.core.errors import CorruptStoreError, FingerprintError, InputError, StoreError
 from memlm.store.deleted import delete_documents
 from memlm.store.reader import DELETED, Datastore
-from memlm.store.rewrite import compact, join, prune
+from memlm.store.rewrite import compact_store, join_stores, prune
 from memlm.store.verify import verify
 from memlm.store.writer import save_arrays
 from store.making import DIM, VOCAB, build
@@ -78,20 +78,20 @@ class TestDelete:
 class TestCompact:
     def test_the_rest_in_order(self, tmp_path):
         store = delete_documents(make(tmp_path / "s"), [1])
-        small = compact(store, tmp_path / "small")
+        small = compact_store(store, tmp_path / "small")
         same(small, store, (~store.dead).nonzero().squeeze(-1))
         assert small.dead is None
         assert small.successors.tolist() == [1, 2, 3, -1, 5, 6, 7, 8, -1]
 
     def test_nothing_deleted(self, tmp_path):
         with pytest.raises(InputError, match="must have deleted documents to be compacted"):
-            compact(make(tmp_path / "s"), tmp_path / "small")
+            compact_store(make(tmp_path / "s"), tmp_path / "small")
 
     def test_there_is_something_already(self, tmp_path):
         store = delete_documents(make(tmp_path / "s"), [1])
         make(tmp_path / "t", seed=1)
         with pytest.raises((StoreError, FingerprintError)):
-            compact(store, tmp_path / "t")
+            compact_store(store, tmp_path / "t")
 
 
 class TestPrune:
@@ -114,7 +114,7 @@ class TestPrune:
         parent = torch.arange(12)
         parent[1] = 5
         small = prune(store, parent, torch.bincount(parent, minlength=12), tmp_path / "small")
-        smaller = compact(delete_documents(small, [0]), tmp_path / "smaller")
+        smaller = compact_store(delete_documents(small, [0]), tmp_path / "smaller")
         assert smaller.weights.tolist() == [1, 2, 1, 1, 1, 1, 1, 1]
         assert smaller.successors.tolist() == [1, 2, -1, 4, 5, 6, 7, -1]
         assert Datastore.open(smaller.path).successors.tolist() == smaller.successors.tolist()
@@ -132,7 +132,7 @@ class TestPrune:
 class TestJoin:
     def test_one_after_the_other(self, tmp_path):
         one, two = make(tmp_path / "one"), delete_documents(make(tmp_path / "two", seed=5), [2])
-        whole = join([one, two, one], tmp_path / "whole")
+        whole = join_stores([one, two, one], tmp_path / "whole")
         assert torch.equal(
             whole.load_keys(), torch.cat([store.load_keys() for store in (one, two, one)])
         )
@@ -145,13 +145,13 @@ class TestJoin:
     def test_made_differently(self, tmp_path):
         one, two = make(tmp_path / "one"), make(tmp_path / "two", model_hash="other")
         with pytest.raises(FingerprintError, match=r"model_hash is 'm' in .* and 'other' in"):
-            join([one, two], tmp_path / "whole")
+            join_stores([one, two], tmp_path / "whole")
 
     def test_too_few(self, tmp_path):
         with pytest.raises(InputError, match="at least two stores must be given to join, got 1"):
-            join([make(tmp_path / "one")], tmp_path / "whole")
+            join_stores([make(tmp_path / "one")], tmp_path / "whole")
 
 
 def test_a_built_store_can_be_joined_to_itself(tmp_path):
     store = build(tmp_path / "s").finalize()
-    assert len(join([store, store], tmp_path / "twice")) == 2 * len(store)
+    assert len(join_stores([store, store], tmp_path / "twice")) == 2 * len(store)

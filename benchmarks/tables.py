@@ -1,0 +1,186 @@
+"""The committed results as one Markdown page: ``python -m benchmarks.tables`` writes it.
+
+One function a result; a result that is not there has no section.
+"""
+
+import json
+from typing import Any
+
+from benchmarks.common import RESULTS
+
+Result = dict[str, Any]
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def imports(result: Result) -> list[str]:
+    return [
+        f"Import, {result['machine']['cores']} cores, {result['date']}: "
+        f"`import memlm` {result['import_seconds'] * 1000:.0f} ms beyond Python's own start, "
+        f"`memlm --help` {result['help_seconds'] * 1000:.0f} ms.",
+    ]
+
+
+def extraction(result: Result) -> list[str]:
+    return [
+        f"Extraction against the bare forward pass of the body, in turn, {result['windows']}, "
+        f"{result['machine']['threads']} threads, median of "
+        f"{result['cases'][0]['rounds']} rounds:",
+        "",
+        *table(
+            ["extraction: model", "extraction tokens/s", "bare body tokens/s", "extraction / body"],
+            [
+                [
+                    f"{case['parameters'] / 1e6:.1f} M parameters, {case['layers']} layers",
+                    f"{case['extraction_tokens_per_second']:,.0f}",
+                    f"{case['body_tokens_per_second']:,.0f}",
+                    f"{case['extraction_speed_over_body']:.2f}",
+                ]
+                for case in result["cases"]
+            ],
+        ),
+    ]
+
+
+def evaluation(result: Result) -> list[str]:
+    return [
+        f"Evaluation of {result['tokens']:,} random tokens, made-up store (256 dimensions, "
+        f"near a 24-dimensional surface), {result['model']}, k = {result['k']:,}, "
+        f"{result['machine']['threads']} threads, median of "
+        f"{result['cases'][0]['rounds']} rounds; the floor is the operations of the products "
+        "and the bytes of the keys at this machine's measured speeds:",
+        "",
+        *table(
+            [
+                "evaluation: entries",
+                "index",
+                "recall@1024",
+                "kNN-LM time / base time",
+                "ms per query",
+                "search / floor",
+            ],
+            [
+                [
+                    f"{case['entries']:,}",
+                    case["index"],
+                    f"{case['recall']:.2f}",
+                    f"{case['knn_over_base']:.1f}",
+                    f"{case['milliseconds_per_query']:.2f}",
+                    f"{case['search_over_floor']:.2f}" if "search_over_floor" in case else "-",
+                ]
+                for case in result["cases"]
+            ],
+        ),
+    ]
+
+
+def automaton(result: Result) -> list[str]:
+    return [
+        "RetoMaton's step (pointers and clusters to about 1,024 entries, no search) against a loop "
+        f"over the same entries, {result['dim']} dimensions, {result['machine']['threads']} "
+        "threads:",
+        "",
+        *table(
+            ["step: rows", "keys", "loop ms", "vectorised ms", "ratio"],
+            [
+                [
+                    str(step["rows"]),
+                    step["keys"],
+                    f"{step['plain_milliseconds']:.1f}",
+                    f"{step['vectorised_milliseconds']:.2f}",
+                    f"{step['speed_up']:.1f}",
+                ]
+                for step in result["steps"]
+            ],
+        ),
+        "",
+        f"RetoMaton (`min_knns=1`) against kNN-LM, token by token as in generation, made-up text, "
+        f"{result['dim']} dimensions, k = {result['k']:,}, {result['tokens']} tokens a sequence, "
+        f"{result['machine']['threads']} threads, in turn; below 1 walking loses:",
+        "",
+        *table(
+            [
+                "walk: entries",
+                "index",
+                "recall@1024",
+                "sequences",
+                "clusters",
+                "saved",
+                "kNN-LM ms/token",
+                "RetoMaton ms/token",
+                "ratio",
+            ],
+            [
+                [
+                    f"{case['entries']:,}",
+                    case["index"],
+                    f"{case['recall']:.2f}",
+                    str(case["rows"]),
+                    f"{case['clusters']:,}",
+                    f"{case['saved']:.0%}",
+                    f"{case['knn_milliseconds']:.2f}",
+                    f"{case['retomaton_milliseconds']:.2f}",
+                    f"{case['speed_up']:.2f}",
+                ]
+                for case in result["walks"]
+            ],
+        ),
+    ]
+
+
+def retomaton(result: Result) -> list[str]:
+    rows = []
+    for case in result["cases"]:
+        for method in dict.fromkeys(point["method"] for point in case["points"]):
+            points = [point for point in case["points"] if point["method"] == method]
+            full = min(points, key=lambda point: point["saved"])
+            half = min(points, key=lambda point: abs(point["saved"] - 0.5))
+            rows.append(
+                [
+                    case["case"],
+                    f"{case['base']['perplexity']:.2f}",
+                    method,
+                    *(
+                        f"{point['perplexity']:.2f} ({point['saved']:.2f})"
+                        for point in (full, half)
+                    ),
+                ]
+            )
+    return [
+        f"Perplexity and, in brackets, the fraction of saved searches ({result['windows']}; "
+        "protocol of every number in `retomaton.json`):",
+        "",
+        *table(["case", "base", "method", "none saved", "about half saved"], rows),
+    ]
+
+
+SECTIONS = {
+    "import": imports,
+    "extraction": extraction,
+    "evaluation": evaluation,
+    "automaton": automaton,
+    "automaton-10m": automaton,
+    "retomaton": retomaton,
+}
+
+
+def main():
+    lines = [
+        "# Results",
+        "",
+        "One benchmark a file, `python -m benchmarks.bench_<name>`; `make bench` runs those that "
+        "need no data. The JSON files beside this hold everything, the machine included.",
+    ]
+    for name, section in SECTIONS.items():
+        file = RESULTS / f"{name}.json"
+        if file.exists():
+            lines += ["", *section(json.loads(file.read_text(encoding="utf-8")))]
+    (RESULTS / "README.md").write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""Several memories as one: the union of their candidates.
+
+    candidates = those of all members            lse = logsumexp over the members' lse
+
+Union is associative, so under the merge `Union` the members and the model's vocabulary share one
+softmax: TRIME's local, long-term and external memory (Zhong et al. 2022, eq. 4). Each member
+divides by its own temperature and keeps its own state; the state of all is a tuple.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memlm.core.config import check
+from memlm.core.types import Candidates, TargetPartial, TokenMemory
+from memlm.memory.windows import Window, is_windowed
+from memlm.ops.merge import union
+
+
+class Together:
+    """The union of several memories.
+
+    Args:
+        members: at least one.
+
+    Attributes:
+        members: as given.
+        store: of the first member that has one (it says which model the keys are of).
+
+    Raises:
+        InputError: if there is none.
+    """
+
+    def __init__(self, *members: TokenMemory):
+        check(len(members) >= 1, "Together needs at least one memory, got none")
+        self.members = members
+        stores = [member.store for member in members if hasattr(member, "store")]  # type: ignore[attr-defined]
+        if stores:
+            self.store: Any = stores[0]
+
+    def init_state(self, rows: int) -> tuple[Any, ...] | None:
+        """The members' states; None if no member has one."""
+        states = tuple(member.init_state(rows) for member in self.members)
+        return None if all(state is None for state in states) else states
+
+    def read(self, query: Tensor, state: Any) -> tuple[Candidates, Any]:
+        """The candidates of all members, beside each other; ids are the members' own.
+
+        Args:
+            query: ``(rows, dim)``.
+            state: of all, or None.
+        """
+        answers = [member.read(query, own) for member, own in self._each(state)]
+        parts = [candidates for candidates, _ in answers]
+        joined = Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+        return joined, self._state([own for _, own in answers], state)
+
+    def score(self, query: Tensor, targets: Tensor, state: Any) -> tuple[TargetPartial, Any]:
+        """The mass of all members, and the part of it on known next tokens.
+
+        Args:
+            query: ``(rows, dim)``.
+            targets: ``(rows,)`` int64.
+            state: of all, or None.
+        """
+        answers = [member.score(query, targets, own) for member, own in self._each(state)]
+        return self._union([partial for partial, _ in answers]), self._state(
+            [own for _, own in answers], state
+        )
+
+    def observe(self, tokens: Tensor, keys: Tensor, state: Any, valid: Tensor | None = None) -> Any:
+        """Tell every member that has a state; arguments as of `TokenMemory`."""
+        mask = {} if valid is None else {"valid": valid}
+        return self._state(
+            [
+                None if own is None else member.observe(tokens, keys, own, **mask)
+                for member, own in self._each(state)
+            ],
+            state,
+        )
+
+    def select_rows(self, state: Any, index: Tensor) -> Any:
+        """The state of the rows ``index``."""
+        return self._state(
+            [
+                None if own is None else member.select_rows(own, index)
+                for member, own in self._each(state)
+            ],
+            state,
+        )
+
+    def crop(self, state: Any, length: int) -> Any:
+        """The state after only the first ``length`` positions."""
+        return self._state(
+            [
+                None if own is None else member.crop(own, length)
+                for member, own in self._each(state)
+            ],
+            state,
+        )
+
+    def finish(self, state: Any) -> Any:
+        """The state at the beginning of the next window: see `LongMemory.finish`."""
+        states = []
+        for member, own in self._each(state):
+            if hasattr(member, "finish"):
+                states.append(member.finish(own))  # type: ignore[attr-defined]
+            else:  # begins empty in every window
+                states.append(None if own is None else member.init_state(_rows(state)))
+        return self._state(states, state)
+
+    @property
+    def windowed(self) -> bool:
+        """Whether whole windows can be scored at once: every member can, or has no state."""
+        return all(is_windowed(member) or member.init_state(1) is None for member in self.members)
+
+    @property
+    def spans_windows(self) -> bool:
+        """Whether a member's state goes on from window to window."""
+        return any(getattr(member, "spans_windows", False) for member in self.members)
+
+    def score_window(self, window: Window, state: Any) -> tuple[TargetPartial, Any]:
+        """What all members say about the scored tokens of windows.
+
+        Args:
+            window: the positions.
+            state: of all, or None.
+
+        Returns:
+            ``(scored,)`` partial, and the state after these windows.
+        """
+        partials, states = [], []
+        for member, own in self._each(state):
+            if is_windowed(member):
+                partial, own = member.score_window(window, own)  # type: ignore[attr-defined]
+            else:
+                partial, own = member.score(window.keys[window.scored], window.targets, own)
+            partials.append(partial)
+            states.append(own)
+        return self._union(partials), self._state(states, state)
+
+    def stats(self, state: Any) -> dict[str, Any]:
+        """The members' figures; candidates and searches summed."""
+        each = [member.stats(own) for member, own in self._each(state)]
+        return {
+            "entries": sum(stats.get("entries", 0) for stats in each),
+            "searches_per_position": sum(stats.get("searches_per_position", 0) for stats in each),
+            "off": all(stats.get("off", False) for stats in each),
+            "members": each,
+        }
+
+    def describe(self) -> dict[str, Any]:
+        """The members' descriptions."""
+        return {"memory": "together", "members": [member.describe() for member in self.members]}
+
+    def _each(self, state: Any) -> list[tuple[TokenMemory, Any]]:
+        states = (None,) * len(self.members) if state is None else state
+        return list(zip(self.members, states, strict=True))
+
+    def _state(self, states: list[Any], before: Any) -> Any:
+        return None if before is None else tuple(states)
+
+    def _union(self, partials: list[TargetPartial]) -> TargetPartial:
+        dtype = max((part.lse.dtype for part in partials), key=lambda dtype: dtype.itemsize)
+        return union(*(TargetPartial(*(half.to(dtype) for half in part)) for part in partials))
+
+
+def _rows(state: Any) -> int:
+    return next(len(own.tokens) for own in state if hasattr(own, "tokens"))
