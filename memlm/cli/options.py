@@ -194,6 +194,7 @@ def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    import memlm.models.adaptive.decoder
     import memlm.models.attach  # noqa: F401  registers models with a memory
 
     disable_progress_bar()

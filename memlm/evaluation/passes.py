@@ -208,7 +208,7 @@ def plan_pass(
     )
     head = find_head(model)
     embeddings: Any = model.get_input_embeddings()
-    vocabulary = min(head.vocab_size, int(embeddings.weight.shape[0]))
+    vocabulary = min(head.vocab_size, int(embeddings.num_embeddings))
     largest = int(corpus.tokens.max())
     if largest >= vocabulary:
         name = corpus.names[int(corpus.document_of(corpus.tokens.argmax()))]

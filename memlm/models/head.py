@@ -9,6 +9,10 @@ vocabulary`` is never held. What some families do to the logits after the projec
 head: soft-capping ``cap * tanh(l / cap)`` (Gemma 2), a factor (Cohere ``logit_scale``, Falcon-H1
 ``lm_head_multiplier``), a divisor (Granite ``logits_scaling``).
 
+An adaptive softmax answers for itself (`memlm.models.adaptive.head`): its lse is that of frequent
+words and classes, its target_lse the class's score plus the log-probability inside the class. These
+are log-scores on the scale of the head's own partition, so `union` with a memory is exact.
+
 A head is accepted only after a probe: one short forward pass whose logits it must reproduce. So a
 family that does something else is refused instead of being scored wrongly.
 """
@@ -23,6 +27,7 @@ from transformers import PreTrainedModel
 
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.types import TargetPartial
+from memlm.models.adaptive.head import AdaptiveHead
 from memlm.models.taps import capture, find_tap, reached
 
 _CHUNK_ENTRIES = 1 << 23  # logits held at once: 32 MiB in float32
@@ -47,7 +52,9 @@ class Head:
 
     @property
     def vocab_size(self) -> int:
-        """Rows of the projection: how many tokens have a logit."""
+        """How many tokens have a logit."""
+        if isinstance(self.projection, AdaptiveHead):
+            return self.projection.vocab_size
         return int(self.projection.weight.shape[0])  # type: ignore[union-attr]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -95,6 +102,8 @@ class Head:
                 f"{int(targets.min())} to {int(targets.max())}; was the text made with another "
                 "tokenizer?"
             )
+        if isinstance(self.projection, AdaptiveHead):
+            return self.projection.target(hidden, targets, chunk)
         rows = chunk or max(1, _CHUNK_ENTRIES // vocab)
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         lse, own = [], []

@@ -34,6 +34,7 @@ TAP_NAMES: tuple[TapName, ...] = ("ffn_input", "ffn_output", "final")
 _LLAMA = ("layers", "mlp")
 _GPT2 = ("h", "mlp")
 FAMILIES: dict[str, tuple[str, str]] = {
+    "adaptive_lm": ("layers", "fc1"),  # `last_ffn_input` of TRIME's and kNN-LM's code
     "bloom": _GPT2,
     "cohere": _LLAMA,
     "cohere2": _LLAMA,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+import memlm.models.adaptive.decoder  # noqa: F401  registers its family
 from memlm.core.errors import InputError
 
 VOCABULARY = 61
@@ -37,9 +38,20 @@ _GPT = {
     "pad_token_id": 0,
 }
 _GEMMA = {**_GQA, "head_dim": 4, "tie_word_embeddings": False}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
 
 # model_type -> configuration; the comments say what each one is here for
 FAMILIES: dict[str, dict[str, Any]] = {
+    "adaptive_lm": {  # bands of words, sinusoids from position 2
+        **_COMMON,
+        "bos_token_id": 2,
+        "pad_token_id": 1,
+        "input_cutoffs": [20, 50],
+        "output_cutoffs": [20, 50],
+        "input_factor": 2.0,
+        "output_factor": 2.0,
+        "final_norm": True,
+    },
     "bloom": {  # ALiBi; the feed-forward takes the residual as a second argument
         "vocab_size": VOCABULARY,
         "hidden_size": 16,
@@ -50,7 +62,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "pad_token_id": 0,
     },
     "cohere": {**_GQA, "logit_scale": 0.25, "tie_word_embeddings": False},  # a factor on the logits
-    "cohere2": {**_GQA, "logit_scale": 0.25, "tie_word_embeddings": False},
+    "cohere2": {  # sliding layers with rotary positions, full ones without any
+        **_GQA,
+        "logit_scale": 0.25,
+        "tie_word_embeddings": False,
+        **_MIXED,
+    },
+    "codegen": {**_GPT, "rotary_dim": 2},  # queries, values and keys in four blocks
     "falcon": {
         **_COMMON,
         "new_decoder_architecture": False,
@@ -67,7 +85,16 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "query_pre_attn_scalar": 4,
     },
-    "gemma3_text": {**_GEMMA, "sliding_window": 8, "query_pre_attn_scalar": 4},
+    "gemma3_text": {  # sliding and full layers, each kind with its own rotary base
+        **_GEMMA,
+        **_MIXED,
+        "query_pre_attn_scalar": 4,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+            "full_attention": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
+        },
+    },
+    "glm": {**_GQA, "head_dim": 4, "pad_token_id": 0},  # interleaved rotary of half of each head
     "mpt": {  # no entry in the tap table: the fallback to the head's input
         "vocab_size": VOCABULARY,
         "d_model": 16,
@@ -99,12 +126,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "ffn_dim": 24,
         "word_embed_proj_dim": 16,
     },
+    "persimmon": {**_COMMON, "qk_layernorm": True},  # norms of queries and keys; half-rotary
     "phi": _COMMON,
     "phi3": {**_GQA, "pad_token_id": 0},
     "qwen2": _GQA,
     "qwen3": {**_GQA, "head_dim": 4},
-    "smollm3": _GQA,
-    "stablelm": _GQA,
+    "smollm3": {**_GQA, "no_rope_layers": [1, 0]},  # the second layer has no positions
+    "stablelm": {  # rotary of half of each head
+        **_GQA,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.5,
+        },
+    },
     "starcoder2": {**_GQA, "sliding_window": None},
 }
 
