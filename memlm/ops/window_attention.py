@@ -22,99 +22,27 @@ rows if the limit exceeds the window (``clamp="original"`` does so too). The sof
 at least, no n x n or n x window tensor is held, padding is masked.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from memlm.core.config import Config, check
 from memlm.core.errors import InputError
+from memlm.ops.lambda_rule import (
+    Keys,
+    LambdaConfig,
+    Rotate,
+    Scores,
+    first_keys,
+    grouped_dots,
+    sink_scores,
+)
+from memlm.ops.window_tiles import can_tile, tiled
 
-# rotate(x (batch, heads, time, dim), positions (batch, time)) -> x rotated by its positions
-Rotate = Callable[[Tensor, Tensor], Tensor]
-Impl = Literal["auto", "reference", "blocked"]
+Impl = Literal["auto", "reference", "blocked", "tiled"]
 _BLOCK = 512
 
-
-@dataclass(frozen=True)
-class LambdaConfig(Config):
-    """What Lambda attention sees.
-
-    Attributes:
-        window: keys seen at their true distance, the query's own included; at least 1.
-        sinks: first tokens seen from beyond the window; 0 is a plain sliding window.
-        distance_limit: largest distance at which a sink is scored; None: its true distance.
-        clamp: ``"causal"``: a sink at distance d is scored at ``min(d, distance_limit)``;
-            ``"original"``: every sink at ``min(distance_limit, length - 1)``, as the paper's code.
-    """
-
-    window: int
-    sinks: int = 10
-    distance_limit: int | None = None
-    clamp: Literal["causal", "original"] = "causal"
-
-    def __post_init__(self) -> None:
-        check(self.window >= 1, f"window must be at least 1, got {self.window}")
-        check(self.sinks >= 0, f"sinks must not be negative, got {self.sinks}")
-        limit = self.distance_limit
-        check(
-            limit is None or limit >= 1, f"distance_limit must be at least 1 or None, got {limit}"
-        )
-        check(
-            self.clamp in ("causal", "original"),
-            f"clamp must be 'causal' or 'original', got {self.clamp!r}",
-        )
-
-
-class Keys(NamedTuple):
-    """Keys with their values and places.
-
-    Attributes:
-        key: ``(batch, key heads, keys, dim)``, not rotated.
-        value: ``(batch, key heads, keys, value dim)``.
-        positions: ``(batch, keys)`` int64, the place in its row, -1 for padding; real ones of a
-            row differ and rise.
-    """
-
-    key: Tensor
-    value: Tensor
-    positions: Tensor
-
-    def narrow(self, begin: int, end: int) -> "Keys":
-        """The columns ``begin`` to ``end``."""
-        return Keys(
-            self.key[:, :, begin:end], self.value[:, :, begin:end], self.positions[:, begin:end]
-        )
-
-    def select(self, columns: Tensor) -> "Keys":
-        """Other columns in every row: ``columns`` is ``(batch, chosen)``."""
-        index = columns[:, None, :, None]
-        return Keys(
-            self.key.gather(2, index.expand(-1, self.key.shape[1], -1, self.key.shape[3])),
-            self.value.gather(2, index.expand(-1, self.value.shape[1], -1, self.value.shape[3])),
-            self.positions.gather(1, columns),
-        )
-
-
-def first_keys(keys: Keys, count: int) -> Keys:
-    """The keys at positions 0 to ``count - 1`` of every row.
-
-    Returns:
-        ``count`` columns; position -1 where the row has no such key.
-    """
-    batch, columns = keys.positions.shape
-    places = torch.arange(count, device=keys.positions.device)
-    if columns == 0:
-        return Keys(
-            keys.key.new_zeros(*keys.key.shape[:2], count, keys.key.shape[3]),
-            keys.value.new_zeros(*keys.value.shape[:2], count, keys.value.shape[3]),
-            places.new_full((batch, count), -1),
-        )
-    here = keys.positions[:, None, :] == places[:, None]
-    found = keys.select(here.int().argmax(-1))
-    return found._replace(positions=torch.where(here.any(-1), places, -1))
+__all__ = ["Keys", "LambdaConfig", "Rotate", "first_keys", "window_attention"]
 
 
 def window_attention(
@@ -142,7 +70,8 @@ def window_attention(
         slopes: ``(heads,)`` of ALiBi (Press et al. 2022).
         scale: of the scores; default ``dim ** -0.5``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
-        impl: ``"blocked"`` holds scores of 512 queries at a time; ``"reference"`` all of them.
+        impl: ``"reference"`` holds all scores; ``"blocked"`` those of 512 queries at a time;
+            ``"tiled"`` none: `memlm.ops.window_tiles`; ``"auto"``: tiled where that can be.
 
     Returns:
         ``(batch, heads, queries, value dim)`` in the dtype of ``value``; zeros where nothing is
@@ -156,39 +85,22 @@ def window_attention(
     limit = config.distance_limit
     if limit is not None and config.clamp == "original" and keys.positions.numel():
         limit = min(limit, int(torch.maximum(keys.positions.max(), positions.max())))
-    scores = _Scores(config, limit, rotate, slopes, scale, softcap)
+    scores = Scores(config, limit, rotate, slopes, scale, softcap)
     if impl == "reference":
         return _reference(query, positions, keys, sinks, scores)
-    if impl in ("auto", "blocked"):
-        return _blocked(query, positions, keys, sinks, scores)
-    raise InputError(f"impl must be 'auto', 'reference' or 'blocked', got {impl!r}")
+    if impl not in ("auto", "blocked", "tiled"):
+        raise InputError(f"impl must be 'auto', 'reference', 'blocked' or 'tiled', got {impl!r}")
+    if impl != "blocked" and can_tile(query, positions, keys, scores):
+        return tiled(query, positions, keys, sinks, scores)
+    if impl == "tiled":
+        raise InputError(
+            "tiles need float32, float64 or bfloat16 on a CPU without gradients, rows without "
+            "padding and neither slopes nor soft-cap, got something else; use impl='auto'"
+        )
+    return _blocked(query, positions, keys, sinks, scores)
 
 
-class _Scores(NamedTuple):
-    config: LambdaConfig
-    limit: int | None
-    rotate: Rotate | None
-    slopes: Tensor | None
-    scale: float
-    softcap: float | None
-
-    def turn(self, x: Tensor, positions: Tensor) -> Tensor:
-        return x if self.rotate is None else self.rotate(x, positions)
-
-    def finish(self, dots: Tensor, distance: Tensor, seen: Tensor) -> Tensor:
-        """Dot products of grouped heads become masked scores."""
-        dots = dots * self.scale
-        if self.slopes is not None:
-            slopes = self.slopes.to(dots).view(1, *dots.shape[1:3], 1, 1)
-            dots = dots - slopes * distance[:, None, None]
-        if self.softcap is not None:
-            dots = self.softcap * torch.tanh(dots / self.softcap)
-        return dots.masked_fill(~seen[:, None, None], -torch.inf)
-
-
-def _reference(
-    query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: _Scores
-) -> Tensor:
+def _reference(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
     """Every pair of query and key, one distance after the other."""
     window, limit = scores.config.window, scores.limit
     work = torch.promote_types(query.dtype, torch.float32)
@@ -200,7 +112,10 @@ def _reference(
     distance = positions[:, :, None] - places[:, None, :]
     seen = torch.where(is_sink, distance >= window, (distance >= 0) & (distance < window))
     seen &= (positions >= 0)[:, :, None] & (places >= 0)[:, None, :]
-    if limit is not None:
+    if scores.config.clamp == "streaming":
+        kept = positions.clamp(max=window + scores.config.sinks - 1)
+        distance = torch.where(is_sink, kept[:, :, None] - places[:, None, :], distance)
+    elif limit is not None:
         fixed = scores.config.clamp == "original"
         far = torch.full_like(distance, limit) if fixed else distance.clamp(max=limit)
         distance = torch.where(is_sink, far, distance)
@@ -224,7 +139,7 @@ def _reference(
     return (weights @ value).to(keys.value.dtype)
 
 
-def _blocked(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: _Scores) -> Tensor:
+def _blocked(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
     """512 queries at a time, against the columns that their windows can reach and the sinks."""
     outputs = []
     begin = 0
@@ -251,7 +166,7 @@ def _reach(positions: Tensor, places: Tensor, begin: int, window: int) -> tuple[
     return begin + int(columns[0]), begin + int(columns[-1]) + 1
 
 
-def _block(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: _Scores) -> Tensor:
+def _block(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
     window = scores.config.window
     work = torch.promote_types(query.dtype, torch.float32)
     query = query.to(work)
@@ -262,51 +177,20 @@ def _block(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: _S
     distance = positions[:, :, None] - keys.positions[:, None, :]
     seen = (distance >= 0) & (distance < window)
     seen &= real[:, :, None] & (keys.positions >= 0)[:, None, :]
-    near = _dots(
+    near = grouped_dots(
         scores.turn(query, (positions - base).clamp(min=0)),
         scores.turn(keys.key.to(work), (keys.positions - base).clamp(min=0)),
     )
     rows = [scores.finish(near, distance, seen)]
     values = [keys.value.to(work)]
     if sinks.positions.shape[1]:
-        rows.append(_sink_scores(query, positions, sinks, scores))
+        rows.append(sink_scores(query, positions, sinks, scores))
         values.append(sinks.value.to(work))
     joined = torch.cat(rows, dim=-1)
     empty = torch.isneginf(joined).all(-1, keepdim=True)
     weights = torch.softmax(joined.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     output = weights.flatten(2, 3) @ torch.cat(values, dim=2)
     return output.unflatten(2, weights.shape[2:4]).flatten(1, 2).to(keys.value.dtype)
-
-
-def _sink_scores(query: Tensor, positions: Tensor, sinks: Keys, scores: _Scores) -> Tensor:
-    window, limit = scores.config.window, scores.limit
-    distance = positions[:, :, None] - sinks.positions[:, None, :]
-    seen = (distance >= window) & (positions >= 0)[:, :, None] & (sinks.positions >= 0)[:, None, :]
-    key = sinks.key.to(query.dtype)
-    if limit is None:
-        return scores.finish(_true_dots(query, positions, key, sinks, scores), distance, seen)
-    still = scores.turn(key, torch.zeros_like(sinks.positions))
-    far = _dots(scores.turn(query, torch.full_like(positions, limit)), still)
-    if limit <= window or scores.config.clamp == "original":
-        return scores.finish(far, torch.full_like(distance, limit), seen)
-    # beyond the limit the true distance is not used, so the query need not be rotated further
-    near = positions.clamp(max=limit + int(sinks.positions.max().clamp(min=0)))
-    true = _true_dots(query, near, key, sinks, scores)
-    dots = torch.where((distance < limit)[:, None, None], true, far)
-    return scores.finish(dots, distance.clamp(max=limit), seen)
-
-
-def _true_dots(
-    query: Tensor, positions: Tensor, key: Tensor, sinks: Keys, scores: _Scores
-) -> Tensor:
-    turned = scores.turn(query, positions.clamp(min=0))
-    return _dots(turned, scores.turn(key, sinks.positions.clamp(min=0)))
-
-
-def _dots(query: Tensor, key: Tensor) -> Tensor:
-    """``(batch, key heads, group, queries, keys)``: heads of a group share their key."""
-    grouped = query.unflatten(1, (key.shape[1], -1))
-    return (grouped.flatten(2, 3) @ key.transpose(-1, -2)).unflatten(2, grouped.shape[2:4])
 
 
 def _check_shapes(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys) -> None:

@@ -10,7 +10,9 @@ from torch.testing import assert_close
 
 from memlm.core.errors import InputError
 from memlm.ops import window_attention as module
+from memlm.ops import window_tiles
 from memlm.ops.window_attention import Keys, LambdaConfig, first_keys, window_attention
+from memlm.ops.window_step import step_attention
 
 DIM = 4
 
@@ -55,6 +57,8 @@ def pairs(query, keys, config, *, rope=None, slopes=None, softcap=None):
             if d >= config.window and config.distance_limit is not None:
                 limit = config.distance_limit
                 d = min(limit, length) if config.clamp == "original" else min(d, limit)
+            if d >= config.window and config.clamp == "streaming":
+                d = min(place, config.sinks + config.window - 1) - other
             q = query[b, h, i].view(1, 1, 1, -1)
             q = rope(q, torch.tensor([[d]])) if rope else q
             score = float(q.flatten() @ keys.key[b, h // groups, j]) / math.sqrt(DIM)
@@ -72,7 +76,7 @@ CONFIGS = [
     for w, g, d, c in [
         (4, 2, 4, "causal"), (4, 0, None, "causal"), (1, 3, 1, "causal"), (5, 2, 3, "causal"),
         (3, 2, 7, "causal"), (3, 2, 7, "original"), (3, 40, None, "causal"), (50, 2, 9, "causal"),
-        (4, 2, 100, "original"),
+        (4, 2, 100, "original"), (4, 2, None, "streaming"), (2, 5, None, "streaming"),
     ]
 ]  # fmt: skip
 
@@ -120,6 +124,103 @@ def test_blocks_change_nothing(lengths, window, sinks, limit, block, right, new)
     finally:
         module._BLOCK = before
     assert_close(blocked, window_attention(*arguments, rotate=rotate, impl="reference"))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    length=st.integers(2, 60),
+    past=st.integers(0, 30),
+    window=st.integers(1, 20),
+    sinks=st.integers(0, 70),
+    limit=st.none() | st.integers(1, 30),
+    heads=st.sampled_from([(1, 1), (4, 2), (3, 3)]),
+    span=st.sampled_from([1, 16, 8192]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_tiles_are_the_reference(length, past, window, sinks, limit, heads, span, dtype):
+    past = past and max(past, window - 1)
+    new = max(length, window) if past else length
+    query, keys = case(
+        torch.arange(past + new).expand(2, -1), heads=heads[0], key_heads=heads[1], dtype=dtype
+    )
+    config = LambdaConfig(window=window, sinks=sinks, distance_limit=limit)
+    query, asked = query[:, :, past:], keys.positions[:, past:]
+    first = first_keys(keys, sinks)
+    before, window_tiles._QUERIES = window_tiles._QUERIES, span
+    try:
+        output = window_attention(query, asked, keys, first, config, rotate=rotate, impl="tiled")
+    finally:
+        window_tiles._QUERIES = before
+    wide = [part.double() for part in (query, keys.key, keys.value, first.key, first.value)]
+    expected = window_attention(
+        wide[0],
+        asked,
+        Keys(*wide[1:3], keys.positions),
+        Keys(*wide[3:], first.positions),
+        config,
+        rotate=rotate,
+        impl="reference",
+    )
+    tolerance = 1e-10 if dtype == torch.float64 else 2e-5
+    assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_what_cannot_be_tiled_is_refused_and_done_otherwise():
+    config = LambdaConfig(window=4, sinks=1)
+    for places, options in [
+        (rows(9, 5, columns=9), {}),
+        (rows(9, columns=9) * 2, {}),
+        (rows(9, columns=9) + 1, {}),
+        (rows(9, columns=9), {"softcap": 2.0}),
+        (rows(9, columns=9), {"slopes": torch.ones(4)}),
+    ]:
+        query, keys = case(places)
+        arguments = (query, places, keys, first_keys(keys, 1), config)
+        with pytest.raises(InputError, match="tiles need float32"):
+            window_attention(*arguments, impl="tiled", **options)
+        assert_close(
+            window_attention(*arguments, **options),
+            window_attention(*arguments, impl="reference", **options),
+        )
+
+
+@pytest.mark.parametrize("far", [0, 10_000, 200_000_000])
+@pytest.mark.parametrize("slots", [4, 7, 16])
+@pytest.mark.parametrize("clamp", ["causal", "streaming"])
+def test_a_step_on_a_ring_is_the_reference(far, slots, clamp):
+    config = LambdaConfig(4, 2, 3 if clamp == "causal" else None, clamp)
+    query, keys = case(far + torch.arange(slots)[None])
+    query, asked = query[:, :, -1:], keys.positions[:, -1:]
+    sinks = first_keys(case(torch.arange(2)[None], seed=1)[1], 2)
+    slot = keys.positions % slots
+    turned = keys._replace(key=rotate(keys.key, slot))
+    ring = turned.select(slot.argsort(dim=1))
+    held = Keys(*(torch.cat(parts, dim=2) for parts in zip(sinks[:2], ring[:2], strict=True)),
+                torch.cat([sinks.positions, ring.positions], dim=1))  # fmt: skip
+    output = step_attention(query, asked, held, slots, config, rotate=rotate)
+    # distances are all that matters, and the reference needs no large angles for them
+    expected = window_attention(query, asked, keys, sinks, config, rotate=rotate, impl="reference")
+    assert_close(output, expected)
+
+
+@pytest.mark.parametrize("impl", ["tiled", "blocked"])
+def test_later_tokens_change_nothing_before(impl):
+    query, keys = case(rows(40, columns=40))
+    config = LambdaConfig(window=7, sinks=2, distance_limit=20)
+    for at in (1, 9, 23):
+        outputs = []
+        for change in (0.0, 1.0):
+            noise = torch.zeros(40, 1)
+            noise[at:] = change
+            other = keys._replace(key=keys.key + noise, value=keys.value - noise)
+            sinks = first_keys(other, 2)
+            outputs.append(
+                window_attention(
+                    query, keys.positions, other, sinks, config, rotate=rotate, impl=impl
+                )
+            )
+        assert torch.equal(outputs[0][:, :, :at], outputs[1][:, :, :at])
+        assert (outputs[0] != outputs[1])[:, :, at:].any()
 
 
 def test_a_long_window_is_causal_attention():
@@ -173,6 +274,7 @@ def test_half_precision_stays_finite():
         ({"window": 4, "sinks": -1}, "sinks must not be negative"),
         ({"window": 4, "distance_limit": 0}, "distance_limit must be at least 1"),
         ({"window": 4, "clamp": "never"}, "clamp must be"),
+        ({"window": 4, "clamp": "streaming", "distance_limit": 4}, "distances of its own"),
     ],
 )
 def test_settings_are_checked(settings, words):
