@@ -178,8 +178,10 @@ def _config(
     relative = body.get("relative_attention_bias.weight")
     untied = "pos.weight" in body
     positions = "pos.weight" if untied else "embed_positions.weight"
-    check(positions in body, "the checkpoint must hold positions, it has neither pos nor "
-          "embed_positions")
+    check(
+        positions in body,
+        "the checkpoint must hold positions, it has neither pos nor embed_positions",
+    )
     given = heads or arguments.get("encoder_attention_heads")
     if relative is not None:
         known = relative.shape[1]
@@ -197,6 +199,9 @@ def _config(
         "activation_dropout": "activation_dropout",
         "classifier_dropout": "pooler_dropout",
     }
+    probabilities: dict[str, Any] = {
+        ours: float(arguments[theirs]) for ours, theirs in dropouts.items() if theirs in arguments
+    }
     return TupeConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -208,7 +213,7 @@ def _config(
         scheme=("tupe-r" if relative is not None else "tupe-a") if untied else "bert-a",
         embedding_norm="emb_layer_norm.weight" in body,
         norm_first="emb_out_layer_norm.weight" in body,
-        **{ours: float(arguments[theirs]) for ours, theirs in dropouts.items() if theirs in arguments},
+        **probabilities,
     )
 
 

@@ -1,0 +1,1 @@
+"""Positions as parts: what a token's place adds to attention scores."""
