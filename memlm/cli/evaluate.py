@@ -24,6 +24,9 @@ class Evaluate(MemoryOptions, TextOptions, ModelOptions):
     """Text on which lam and the temperature are chosen before TEXT is scored."""
     carry: Literal["document", "window"] = "document"
     """retomaton: its state goes on to the end of a document, or begins empty in each window."""
+    leave_out: Literal["nothing", "position", "document"] = "nothing"
+    """knn, where the store is made of TEXT: tokens do not find their own entry, or none of their \
+own document."""
     batch_tokens: int = 8192
     """Tokens per forward pass."""
     save: str | None = None
@@ -52,7 +55,14 @@ class Evaluate(MemoryOptions, TextOptions, ModelOptions):
         results = {"base": evaluate(model, corpus, windows, **settings)}
         if memory is not None:
             results[METHODS[self.method]] = evaluate(
-                model, corpus, windows, memory=memory, merge=merge, carry=self.carry, **settings
+                model,
+                corpus,
+                windows,
+                memory=memory,
+                merge=merge,
+                carry=self.carry,
+                leave_out=self.leave_out,
+                **settings,
             )
         value = {name: result.to_dict() for name, result in results.items()}
         if chosen is not None:

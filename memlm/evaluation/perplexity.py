@@ -29,6 +29,7 @@ from memlm.core.threads import torch_threads
 from memlm.core.types import TokenMemory
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import Windows
+from memlm.evaluation.own import LEAVE_OUT, OwnEntries
 from memlm.evaluation.passes import Pass, Rows, Stopwatch, log_probabilities, plan_pass
 from memlm.evaluation.result import DocumentSums, Evaluation, Seconds, WindowSums
 from memlm.evaluation.walk import (
@@ -59,8 +60,10 @@ def evaluate(
     merge: Merge | None = None,
     tap: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
+    interpolate: tuple[TokenMemory, Mixture] | None = None,
     carry: str = "document",
     walk_rows: int = WALK_ROWS,
+    leave_out: str = "nothing",
     threads: int | None = None,
     keep_tokens: bool = False,
     progress: bool = True,
@@ -77,10 +80,15 @@ def evaluate(
         tap: which hidden state is the memory's query; ``"auto"`` is the one its store was made
             with, else the model family's default.
         batch_tokens: most padded tokens per forward pass.
+        interpolate: a second memory, without state, and the weight at which its distribution is
+            mixed into the merged one (TRIME, eq. 7: the datastore, once more).
         carry: how far the state of a memory goes: ``"document"``, over windows as far as the text
-            goes, or ``"window"``, beginning empty in each. Without state it changes nothing.
+            goes, or ``"window"``, beginning empty in each (but for what a `LongMemory` keeps).
+            Without state it changes nothing.
         walk_rows: documents that a memory with state walks side by side; more is faster, and takes
             ``length * dim`` numbers for each.
+        leave_out: what a scored token must not find where the store was made of the very same
+            text: ``"position"``, its own entry, or ``"document"``, all of its document.
         threads: CPU threads of torch during the evaluation; None: as they are.
         keep_tokens: keep the log-probability of every token on the result.
         progress: show a bar for work over two seconds.
@@ -107,6 +115,18 @@ def evaluate(
         f"a merge needs a memory, got {merge!r} without one; pass memory=... or no merge",
     )
     check_choice("carry", carry, CARRIES)
+    check_choice("leave_out", leave_out, LEAVE_OUT)
+    own = None if leave_out == "nothing" else OwnEntries(memory, corpus, leave_out)
+    check(
+        carry == "window" or not getattr(memory, "spans_windows", False),
+        "a long-term memory joins whole windows, so carry must be 'window', got 'document'; pass "
+        "carry='window'",
+    )
+    check(
+        interpolate is None or (memory is not None and interpolate[0].init_state(1) is None),
+        "interpolate needs a memory without state beside another memory; pass it as memory with "
+        "merge=Mixture(lam)",
+    )
     check(walk_rows >= 1, f"walk_rows must be at least 1 document, got {walk_rows}")
     merge = Mixture() if merge is None and memory is not None else merge
     watch = Stopwatch(model.device)
@@ -125,19 +145,29 @@ def evaluate(
             int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
         ) as shown:
             for rows, recalled in recall(
-                plan, memory, watch, figures, carry=carry, walk_rows=walk_rows
+                plan, memory, watch, figures, carry=carry, walk_rows=walk_rows, own=own
             ):
                 partial = rows.base
                 if recalled is not None and merge is not None:
                     with watch.measure("memory"):
                         partial = merge_target(merge, rows.base, recalled)
                         sums.empty += int(torch.isneginf(recalled.lse).sum())
+                        if interpolate is not None:
+                            second, weight = interpolate
+                            again = second.score(rows.queries, rows.targets, None)[0]
+                            partial = merge_target(weight, partial, again)
                 sums.add(rows, log_probabilities(partial, rows.places, corpus))
                 shown.update(len(rows.places))
         documents = document_sums(corpus, sums.nll, sums.tokens)
         protocol = protocol_of(plan, windows, documents, memory, merge, carry)
     if memory is not None:
         protocol["without_candidates"] = sums.empty
+        protocol["left_out_of_memory"] = leave_out
+    if interpolate is not None:
+        protocol["interpolated"] = {
+            "memory": interpolate[0].describe(),
+            "merge": interpolate[1].to_dict(),
+        }
     return Evaluation(
         protocol=protocol,
         documents=documents,

@@ -36,6 +36,7 @@ def protocol_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None =
         else f"begin token {begin} before each document as context only"
     )
     left_out = f", {scored['left_out']:,} left out" if scored["left_out"] else ""
+    own = protocol.get("left_out_of_memory", "nothing")
     return "; ".join(
         (
             protocol["windows_line"],
@@ -43,7 +44,8 @@ def protocol_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None =
             f"{'document' if scored['documents'] == 1 else 'documents'} scored once"
             f"{left_out}, {first}",
             "token-weighted, natural log",
-            memory_line(protocol["memory"], protocol["merge"], protocol["state"], stats),
+            memory_line(protocol["memory"], protocol["merge"], protocol["state"], stats)
+            + ("" if own == "nothing" else f", a token's own {own} left out"),
         )
     )
 

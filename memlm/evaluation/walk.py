@@ -17,6 +17,9 @@ crosses them too, and the text is one document. Documents are walked side by sid
 The state begins empty in every window and ends with it. Context tokens are walked too, their
 answers dropped: so does the model with the memory attached in one forward pass over the window.
 
+A memory of dense keys answers a window's positions in one call instead (`evaluation.by_window`),
+and its long-term part, if it has one, goes on to the next window.
+
 Nothing depends on batches, on the order of documents or on how many are walked together, beyond
 floating-point rounding. Padding is never shown to a memory.
 
@@ -37,7 +40,10 @@ from memlm.core.types import TargetPartial, TokenMemory
 from memlm.data.batches import IGNORED
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import WindowTable
+from memlm.evaluation.by_window import ask_by_window
+from memlm.evaluation.own import OwnEntries
 from memlm.evaluation.passes import Pass, Rows, Scored, Stopwatch
+from memlm.memory.windows import is_windowed
 
 CARRIES = ("document", "window")
 WALK_ROWS = 64
@@ -89,6 +95,7 @@ def recall(
     *,
     carry: str = "document",
     walk_rows: int = WALK_ROWS,
+    own: OwnEntries | None = None,
 ) -> Iterator[tuple[Rows, TargetPartial | None]]:
     """Every scored token once, with what the memory says about it.
 
@@ -101,14 +108,18 @@ def recall(
         walk_rows: documents walked side by side. Together they hold the keys of one window each
             (of more where windows are short): ``walk_rows * length * dim`` numbers, 100 MB for 64
             windows of 512 tokens, 768 dimensions and float32; and whatever the memory's state is.
+        own: what each scored token must not find.
     """
     if memory is None:
         yield from ((scored.rows, None) for scored in plan.run(watch))
     elif memory.init_state(1) is None:
         for scored in plan.run(watch):
             with watch.measure("memory"):
-                recalled = memory.score(scored.queries, scored.targets, None)[0]
+                asked = memory if own is None else own.without(scored.places)
+                recalled = asked.score(scored.queries, scored.targets, None)[0]
             yield scored.rows, recalled
+    elif carry == "window" and is_windowed(memory):
+        yield from ask_by_window(plan, memory, watch, *chains(plan.table, plan.corpus), walk_rows)
     elif carry == "window":
         for scored in plan.run(watch):
             with watch.measure("memory"):
