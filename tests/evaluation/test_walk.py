@@ -167,7 +167,8 @@ def test_a_document_in_one_window_is_walked_alike(model, memory):
         evaluate(model, corpus, SlidingWindows(16, 16), memory=memory, carry=carry)
         for carry in ("document", "window")
     )
-    assert one.documents == other.documents
+    # a window at once is summed in another order than position by position
+    assert one.documents.nll == pytest.approx(other.documents.nll, rel=1e-6)
     assert one.memory_stats == other.memory_stats
 
 

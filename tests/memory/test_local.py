@@ -83,7 +83,7 @@ def test_observing_in_pieces_is_observing_at_once(cuts, length):
     state = memory.init_state(3)
     for begin, end in itertools.pairwise(edges):
         state = memory.observe(TOKENS[:, begin:end], KEYS[:, begin:end], state)
-    for a, b in zip(state, seen(memory, length), strict=True):
+    for a, b in zip(state.columns, seen(memory, length).columns, strict=True):
         assert_close(a, b)
 
 
@@ -135,12 +135,12 @@ def test_left_padding_changes_nothing():
 def test_states_are_not_changed_in_place():
     memory = LocalMemory()
     state = seen(memory, 6)
-    before = [part.clone() for part in state]
+    before = [part.clone() for part in state.columns]
     memory.observe(TOKENS[:, 6:], KEYS[:, 6:], state)
     memory.crop(state, 2)
     memory.select_rows(state, torch.tensor([1]))
     memory.read(KEYS[:, 5], state)
-    for a, b in zip(before, state, strict=True):
+    for a, b in zip(before, state.columns, strict=True):
         assert_close(a, b)
 
 
