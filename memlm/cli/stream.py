@@ -1,0 +1,95 @@
+"""``memlm stream``: perplexity of a model over a text without end, at constant memory."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from tyro.conf import Positional, arg
+
+from memlm.cli.options import ModelOptions, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream(ModelOptions):
+    """Read TEXT again and again with MODEL and a rolling window (LM-Infinite): running perplexity,
+    latency and memory. With --out the same command goes on where it was interrupted.
+    """
+
+    text: Annotated[str, Positional, arg(metavar="TEXT")]
+    """Folder, text file or .jsonl file (also .gz, .xz, .zst)."""
+    tokens: int = 1_000_000
+    """How many tokens to read in all."""
+    window: int | None = None
+    """Tokens seen at their true distance (default: the length the model was trained on)."""
+    sinks: int = 10
+    """First tokens that stay visible."""
+    positions: Literal["lm-infinite", "streaming"] = "lm-infinite"
+    """Where the first tokens seem to be: at the window's edge, or as StreamingLLM puts them."""
+    chunk: int = 4096
+    """Tokens that the model reads at once; 1: token by token."""
+    every: int = 65_536
+    """Tokens between reports."""
+    seed: int = 0
+    """Of the order of documents, a new one in each round."""
+    field: str = "text"
+    """Field of a .jsonl line that holds the text."""
+    separator: str | None = None
+    """Cut a text file into documents at this string."""
+    out: str | None = None
+    """Folder for log.jsonl and the state to go on from."""
+    json: bool = False
+    """Print every report as one line of JSON."""
+
+    def run(self) -> int:
+        """Extend the model, read, report."""
+        import json
+        import sys
+        from dataclasses import asdict
+        from itertools import pairwise
+
+        from memlm.core.threads import torch_threads
+        from memlm.data.documents import read_documents
+        from memlm.data.tokens import tokenize
+        from memlm.evaluation.streaming import shuffled_epochs, stream_perplexity
+        from memlm.models.extend import extend_context
+        from memlm.models.trained_length import trained_length
+
+        model, tokenizer = self.load()
+        window = self.window or trained_length(model)
+        clamp = "streaming" if self.positions == "streaming" else "causal"
+        extend_context(model, window=window, sinks=self.sinks, clamp=clamp)
+        documents = read_documents(self.text, text_field=self.field, separator=self.separator)
+        corpus = tokenize(documents, tokenizer, begin=False)
+        cuts = corpus.offsets.tolist()
+        texts = [corpus.tokens[a:b].tolist() for a, b in pairwise(cuts)]
+        begin = tokenizer.bos_token_id
+        points = stream_perplexity(
+            model,
+            shuffled_epochs(texts, self.seed, begin_token=begin),
+            until=self.tokens,
+            chunk=self.chunk,
+            every=self.every,
+            out=self.out,
+            progress=not self.json,
+        )
+        if not self.json:
+            show(
+                {},
+                f"window {window}, {self.sinks} sinks ({self.positions}); every token but the "
+                f"first is scored; natural log\n{'tokens':>14}  {'perplexity':>10}  {'recent':>8}"
+                f"  {'ms/token':>8}  {'cache MB':>8}  {'peak MB':>8}",
+                as_json=False,
+            )
+        with torch_threads(self.threads):
+            for point in points:
+                if self.json:
+                    sys.stdout.write(json.dumps(asdict(point)) + "\n")
+                    sys.stdout.flush()
+                    continue
+                show(
+                    {},
+                    f"{point.tokens:>14,}  {point.perplexity:>10.3f}  "
+                    f"{point.recent_perplexity:>8.3f}  {point.milliseconds_per_token:>8.3f}  "
+                    f"{point.cache_bytes / 1e6:>8.1f}  {point.process_bytes / 1e6:>8.0f}",
+                    as_json=False,
+                )
+        return 0
