@@ -114,8 +114,9 @@ class Masker:
         self.ends_word = ends_word
         self.weights = weights / weights.sum()
 
-    def __call__(self, tokens: NDArray[np.integer], *, seed: int, epoch: int, number: int) ->
-    Masked:
+    def __call__(
+        self, tokens: NDArray[np.integer], *, seed: int, epoch: int, number: int
+    ) -> Masked:
         """Mask one sample.
 
         Args:
