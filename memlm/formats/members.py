@@ -1,23 +1,21 @@
 """Clusters in the published files: a pickled sparse matrix, read without running a pickle.
 
 knn-transformers and the fairseq version of RetoMaton keep clusters as a pickled
-``scipy.sparse.csr_matrix`` of ones, one row per cluster and one column per entry. A pickle may name
-any function of any module and have it called. Here only the handful of names that such a matrix
-consists of are admitted, under their old and new module paths, and none of them is imported: the
-matrix becomes a plain holder of its attributes (so SciPy is not needed), arrays and number formats
-are NumPy's own. Every other name is refused before anything happens.
+``scipy.sparse.csr_matrix`` of ones, one row per cluster and one column per entry. Only the handful
+of names that such a matrix consists of are admitted (see `memlm.formats.pickles`), under their old
+and new module paths: the matrix becomes a plain holder of its attributes (so SciPy is not needed),
+arrays and number formats are NumPy's own.
 """
 
-import pickle
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, InputError
+from memlm.formats.pickles import ARRAYS, Admitted, RestrictedUnpickler
 
 
 class Members(NamedTuple):
@@ -49,7 +47,7 @@ def read_members(path: str | Path) -> Members:
     path = Path(path)
     try:
         with open(path, "rb") as file:
-            matrix = _Restricted(file, path).load()
+            matrix = RestrictedUnpickler(file, path, _ADMITTED, "a sparse matrix of numbers").load()
     except InputError:
         raise
     except FileNotFoundError as error:
@@ -96,46 +94,8 @@ def _integers(matrix: Any, name: str, path: Path) -> NDArray[np.int64]:
     return array.astype(np.int64)
 
 
-def _text_to_bytes(text: str, encoding: str) -> bytes:
-    # Protocol 2 writes the bytes of an array as text.
-    if encoding != "latin1":
-        raise pickle.UnpicklingError(f"bytes must be written as latin1, got {encoding!r}")
-    return text.encode("latin1")
-
-
-def _from_buffer(buffer: Any, dtype: np.dtype, shape: Any, order: str) -> NDArray[Any]:
-    # Protocol 5 writes an array as its bytes.
-    return np.frombuffer(buffer, dtype=dtype).reshape(shape, order=order)  # type: ignore[call-overload]
-
-
-def _array(subtype: type, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    # An empty array, which the next step of the pickle fills; it never has another class or size.
-    if subtype is not np.ndarray or tuple(shape) != (0,):
-        raise pickle.UnpicklingError("an array must begin empty and of class ndarray")
-    return np.ndarray.__new__(np.ndarray, (0,), dtype)
-
-
-_ADMITTED: dict[str, tuple[tuple[str, ...], Callable[..., Any]]] = {
+_ADMITTED: Admitted = {
     "csr_matrix": (("scipy.sparse.csr", "scipy.sparse._csr", "scipy.sparse"), _Matrix),
     "csr_array": (("scipy.sparse._csr", "scipy.sparse"), _Matrix),
-    "ndarray": (("numpy",), np.ndarray),
-    "dtype": (("numpy",), np.dtype),
-    "_reconstruct": (("numpy.core.multiarray", "numpy._core.multiarray"), _array),
-    "_frombuffer": (("numpy.core.numeric", "numpy._core.numeric"), _from_buffer),
-    "encode": (("_codecs",), _text_to_bytes),
+    **ARRAYS,
 }
-
-
-class _Restricted(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, path: Path):
-        super().__init__(file)
-        self._path = path
-
-    def find_class(self, module: str, name: str, /) -> Any:
-        modules, stand_in = _ADMITTED.get(name, ((), None))
-        if module not in modules:
-            raise InputError(
-                f"{self._path} must hold nothing but a sparse matrix of numbers, got the name "
-                f"{module}.{name}; do not use this file"
-            )
-        return stand_in
