@@ -1,0 +1,104 @@
+"""Lambda attention of a whole model by its definition, in float64: an oracle.
+
+Every pair of query and key is scored at its own distance. Rotations, slopes and layers without
+positions are taken from the configuration alone, family by family, so nothing of what is tested is
+used but the projections.
+"""
+
+import torch
+
+INTERLEAVED = ("codegen", "cohere", "cohere2", "glm", "gptj")
+ALIBI = ("bloom", "mpt")
+
+
+def install(monkeypatch, extension_class, *, window, sinks, limit):
+    """Let every extended model compute attention by definition until the test ends."""
+
+    def attend(extension, layer, query, key, value, *, scale, softcap=None, **_):
+        config, index = extension.model.config, layer.layer_idx
+        sliding = layer_type(config, index) == "sliding_attention"
+        seen, distance = pairs(
+            query.shape[2],
+            window=min(window, config.sliding_window) if sliding else window,
+            sinks=0 if sliding else sinks,
+            limit=limit,
+        )
+        groups = query.shape[1] // key.shape[1]
+        query, key, value = (x.double() for x in (query, key, value))
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        turned = rotated(query, distance, config, index)
+        scores = (turned * key[:, :, None]).sum(-1) * scale
+        scores = scores - slopes(config, query.shape[1])[:, None, None] * distance
+        if softcap:
+            scores = torch.tanh(scores / softcap) * softcap
+        scores = scores.masked_fill(~seen, -torch.inf)
+        return (scores.softmax(-1) @ value).float()
+
+    monkeypatch.setattr(extension_class, "attend", attend)
+
+
+def pairs(length, *, window, sinks, limit):
+    """Which pairs ``(length, length)`` are seen, and at which distance."""
+    places = torch.arange(length)
+    distance = places[:, None] - places
+    far = (distance >= window) & (places < sinks)
+    seen = ((distance >= 0) & (distance < window)) | far
+    return seen, torch.where(far, distance.clamp(max=limit or length), distance)
+
+
+def layer_type(config, index):
+    types = getattr(config, "layer_types", None)
+    return types[index] if types else "full_attention"
+
+
+def rotated(query, distance, config, index):
+    """``(batch, heads, queries, keys, dim)``: every query at its distance from every key."""
+    wide = query[:, :, :, None].expand(*query.shape[:3], distance.shape[1], -1)
+    steps = frequencies(config, index, query.shape[-1])
+    if steps is None:
+        return wide
+    angles = distance[..., None] * steps
+    turned = wide[..., : 2 * len(steps)]
+    if config.model_type in INTERLEAVED:
+        first, second = turned[..., ::2], turned[..., 1::2]
+    else:
+        first, second = turned.chunk(2, dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    parts = [first * cos - second * sin, second * cos + first * sin]
+    if config.model_type in INTERLEAVED:
+        turned = torch.stack(parts, dim=-1).flatten(-2)
+    else:
+        turned = torch.cat(parts, dim=-1)
+    return torch.cat([turned, wide[..., 2 * len(steps) :]], dim=-1)
+
+
+def frequencies(config, index, dim):
+    """Radians per step of every pair of dimensions; None without rotation."""
+    family = config.model_type
+    if family in ALIBI or (family == "falcon" and config.alibi):
+        return None
+    if family == "cohere2" and layer_type(config, index) == "full_attention":
+        return None
+    if family == "smollm3" and not config.no_rope_layers[index]:
+        return None
+    if family in ("gptj", "codegen"):
+        return base_frequencies(10000.0, config.rotary_dim)
+    settings = config.rope_parameters
+    settings = settings.get(layer_type(config, index), settings)
+    turned = int(dim * settings.get("partial_rotary_factor", 1.0))
+    factor = settings["factor"] if settings["rope_type"] == "linear" else 1.0
+    return base_frequencies(settings["rope_theta"], turned) / factor
+
+
+def base_frequencies(base, dim):
+    return base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+
+
+def slopes(config, heads):
+    """ALiBi (Press et al. 2022) for a power of two of heads."""
+    one = 2.0 ** (-8.0 * torch.arange(1, heads + 1, dtype=torch.float64) / heads)
+    if config.model_type in ALIBI:
+        return one
+    if config.model_type == "falcon" and config.alibi:
+        return one * (config.hidden_size // heads) ** -0.5
+    return torch.zeros_like(one)
