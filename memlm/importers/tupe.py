@@ -11,6 +11,7 @@ dropped, and rows 0 and 1 of a baseline's position table, which no token uses, a
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.errors import InputError
+from memlm.formats.checkpoints import read_checkpoint
 from memlm.models.tupe.config import TupeConfig, with_labels
 from memlm.models.tupe.heads import TupeForMaskedLM, TupeForSequenceClassification
 
@@ -152,6 +154,24 @@ def read_state(
             mapped[target] = value[2:] if target.endswith("position_embeddings.weight") else value
         report.append((name, target))
     return TupeImport(config, mapped, classifiers, tuple(report))
+
+
+def read_tupe_checkpoint(
+    path: str | Path, *, scheme: str | None = None, heads: int | None = None
+) -> TupeImport:
+    """Read a checkpoint file of the authors' code; nothing in it is executed.
+
+    Args:
+        path: of the ``.pt`` file.
+        scheme: that it must be of; None takes what it is.
+        heads: number of attention heads, if the file does not tell.
+
+    Raises:
+        InputError: from `read_state`, or if the file names something that is not admitted.
+        CorruptStoreError: if it is missing or damaged.
+    """
+    found = read_checkpoint(path)
+    return read_state(found.tensors, found.settings, scheme=scheme, heads=heads)
 
 
 def _target(name: str, short: str) -> str:
