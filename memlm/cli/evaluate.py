@@ -1,8 +1,11 @@
 """``memlm evaluate``: perplexity of a model, with and without its memory, on held-out text."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from tyro.conf import arg
+
+from memlm.cli.lengths import LengthOptions
 from memlm.cli.options import (
     METHODS,
     MemoryOptions,
@@ -12,14 +15,23 @@ from memlm.cli.options import (
     write_result,
 )
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from memlm.data.windows import Windows
+
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(MemoryOptions, TextOptions, ModelOptions):
+class Evaluate(LengthOptions, MemoryOptions, TextOptions, ModelOptions):
     """Perplexity of MODEL on TEXT, alone and (with --store) with its memory, protocol included.
     --tune chooses lam, the temperature and k on other held-out text first (for retomaton: those of
-    the same store searched at every token).
+    the same store searched at every token). With several lengths (--length 512 2048 8192):
+    perplexity of the same tokens after ever longer texts, by several ways to read them.
     """
 
+    length: Annotated[tuple[int, ...], arg(metavar="N [N ...]")] = ()  # type: ignore[assignment]
+    """Tokens the model reads at once (default: 512, or the model's positions if fewer; \
+knn-transformers: 1024); several: compare them."""
     tune: str | None = None
     """Text on which lam and the temperature are chosen before TEXT is scored."""
     carry: Literal["document", "window"] = "document"
@@ -41,7 +53,17 @@ own document."""
         from memlm.evaluation.tune import tune
 
         model, tokenizer = self.load()
-        corpus, windows = self.corpus(tokenizer), self.windows(model)
+        corpus = self.corpus(tokenizer)
+        if len(self.length) > 1:
+            return self.measure(
+                model,
+                corpus,
+                self.length,
+                threads=self.threads,
+                save=self.save,
+                as_json=self.json,
+            )
+        windows = self.windows(model)
         settings = {"batch_tokens": self.batch_tokens, "threads": self.threads}
         memory, merge = self.memory()
         chosen = None
@@ -71,3 +93,14 @@ own document."""
         summaries = {name: result.summary() for name, result in results.items()}
         show(summaries, report(results), as_json=self.json)
         return 0
+
+    def windows(self, model: "PreTrainedModel") -> "Windows":
+        """The windows of the protocol, of the one length that was given."""
+        text = TextOptions(
+            text=self.text,
+            protocol=self.protocol,
+            length=self.length[0] if self.length else None,
+            stride=self.stride,
+            context=self.context,
+        )
+        return text.windows(model)

@@ -1,0 +1,259 @@
+"""Perplexity against length: the same tokens, predicted after shorter and longer texts.
+
+From one long stream of tokens, pieces are chosen. The last `scored` tokens of every piece are
+predicted after n - scored tokens of context, for each length n and by each method:
+
+    ppl@n  = exp( mean over pieces of -log p(token | the n - scored tokens before the piece's end) )
+
+The targets are the same at every length, so a difference is the doing of the context alone. Beside
+it stands the average over *all* tokens of the pieces (``cumulative``), whose targets differ with n.
+
+The methods: the model as it is; truncation (it reads only the last `window` tokens of a piece);
+Lambda attention without sinks (a plain window), with StreamingLLM's positions, and LM-Infinite's;
+rotary scalings to n. Source: LM-Infinite (Han et al. 2024), section 4.2, whose figure plots
+position against loss and whose table has ppl@n.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from memlm.core.config import Config, check
+from memlm.core.errors import MissingExtraError
+from memlm.core.progress import bar
+from memlm.evaluation.reader import read_whole
+from memlm.models.extend import extended
+from memlm.models.rope_scaling import SCALINGS, scaled_rope
+
+METHODS = ("vanilla", "truncation", "window", "streaming-llm", "lm-infinite", *SCALINGS)
+
+
+@dataclass(frozen=True)
+class LengthConfig(Config):
+    """What is measured.
+
+    Attributes:
+        lengths: of the pieces, in tokens.
+        window: of the methods that have one, and of truncation.
+        sinks: first tokens that stay visible.
+        methods: some of ``METHODS``.
+        pieces: how many.
+        scored: tokens at the end of each piece that are the same for all lengths.
+        batch_tokens: most tokens that are read side by side.
+    """
+
+    lengths: tuple[int, ...]
+    window: int
+    sinks: int = 10
+    methods: tuple[str, ...] = ("vanilla", "truncation", "window", "streaming-llm", "lm-infinite")
+    pieces: int = 8
+    scored: int = 128
+    batch_tokens: int = 32_768
+
+    def __post_init__(self) -> None:
+        check(len(self.lengths) > 0, "a measurement needs at least one length, got none")
+        check(
+            min(self.lengths) > self.scored >= 1,
+            f"every length must exceed the {self.scored} scored tokens, got {min(self.lengths)}; "
+            "score fewer",
+        )
+        check(
+            self.window > self.scored or "truncation" not in self.methods,
+            f"truncation to {self.window} tokens must leave some before the {self.scored} scored "
+            "ones; score fewer",
+        )
+        unknown = [name for name in self.methods if name not in METHODS]
+        check(not unknown, f"methods must be among {', '.join(METHODS)}, got {unknown}")
+        check(self.pieces >= 1, f"there must be at least 1 piece, got {self.pieces}")
+
+
+@dataclass(frozen=True)
+class LengthPoint:
+    """One method at one length.
+
+    Attributes:
+        method: its name.
+        length: tokens of each piece.
+        nll: mean over the scored tokens at the end of the pieces, nats.
+        cumulative_nll: mean over all tokens of the pieces; None for truncation.
+        error: standard error of ``nll`` over pieces; None for a single one.
+        seconds: for all pieces.
+    """
+
+    method: str
+    length: int
+    nll: float
+    cumulative_nll: float | None
+    error: float | None
+    seconds: float
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(nll)``; infinite where it cannot be written."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+
+@dataclass(frozen=True)
+class LengthCurve:
+    """All points, with what they mean.
+
+    Attributes:
+        config: what was measured.
+        points: method by method, in the order of lengths.
+        ends: where the pieces end in the stream of tokens.
+    """
+
+    config: LengthConfig
+    points: tuple[LengthPoint, ...]
+    ends: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        rows = [{**asdict(x), "perplexity": x.perplexity} for x in self.points]
+        return {
+            "config": self.config.to_dict(),
+            "protocol": self.describe(),
+            "ends": list(self.ends),
+            "points": rows,
+        }
+
+    def describe(self) -> str:
+        """One line of protocol."""
+        config = self.config
+        return (
+            f"perplexity of the last {config.scored} tokens of {len(self.ends)} pieces, the same "
+            f"at every length; window {config.window}, {config.sinks} sinks; per token, natural "
+            "log"
+        )
+
+    def table(self) -> Group:
+        """A row per method and a column per length, to print with rich."""
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        table.add_column("ppl@n", no_wrap=True)
+        for length in self.config.lengths:
+            table.add_column(f"{length:,}", justify="right")
+        for method in self.config.methods:
+            cells = [f"{x.perplexity:,.2f}" for x in self.points if x.method == method]
+            table.add_row(method, *cells)
+        return Group(table, Text(f"protocol: {self.describe()}", style="dim"))
+
+
+def measure_lengths(
+    model: PreTrainedModel,
+    tokens: Sequence[int] | np.ndarray,
+    config: LengthConfig,
+    *,
+    progress: bool = True,
+) -> LengthCurve:
+    """Perplexity of one model by every method at every length.
+
+    Args:
+        model: causal, not extended; given back as it was.
+        tokens: one long stream, at least as long as the longest length.
+        config: what to measure.
+        progress: show a bar.
+
+    Raises:
+        InputError: if the stream is too short.
+        UnsupportedModelError: if the model cannot be extended or scaled.
+    """
+    stream = torch.as_tensor(np.asarray(tokens), dtype=torch.long)
+    longest = max(config.lengths)
+    check(
+        len(stream) >= longest,
+        f"the text must have the {longest} tokens of the longest piece, got {len(stream)}; give "
+        "more text or smaller lengths",
+    )
+    ends = sorted({int(end) for end in np.linspace(longest, len(stream), config.pieces)})
+    points = []
+    total = len(config.methods) * sum(config.lengths) * len(ends)
+    with bar(total, label="lengths", unit="token", quiet=not progress) as shown:
+        for method in config.methods:
+            for length in config.lengths:
+                points.append(_measure(model, stream, ends, method, length, config))
+                shown.update(length * len(ends))
+    return LengthCurve(config, tuple(points), tuple(ends))
+
+
+def _measure(
+    model: PreTrainedModel,
+    stream: Tensor,
+    ends: list[int],
+    method: str,
+    length: int,
+    config: LengthConfig,
+) -> LengthPoint:
+    read = min(length, config.window) if method == "truncation" else length
+    pieces = torch.stack([stream[end - read : end] for end in ends])
+    rows = max(1, config.batch_tokens // read)
+    start = time.perf_counter()
+    with _prepared(model, method, length, config) as ready:
+        losses = torch.cat([read_whole(ready, part).cpu() for part in pieces.split(rows)])
+    seconds = time.perf_counter() - start
+    means = losses[:, -config.scored :].mean(1)
+    return LengthPoint(
+        method=method,
+        length=length,
+        nll=float(means.mean()),
+        cumulative_nll=None if method == "truncation" else float(losses.mean()),
+        error=float(means.std() / len(means) ** 0.5) if len(means) > 1 else None,
+        seconds=seconds,
+    )
+
+
+def _prepared(
+    model: PreTrainedModel, method: str, length: int, config: LengthConfig
+) -> AbstractContextManager[PreTrainedModel]:
+    window = config.window
+    if method == "window":
+        return extended(model, window=window, sinks=0)
+    if method == "streaming-llm":
+        return extended(model, window=window, sinks=config.sinks, clamp="streaming")
+    if method == "lm-infinite":
+        return extended(model, window=window, sinks=config.sinks)
+    if method in SCALINGS:
+        return scaled_rope(model, method, length)
+    return nullcontext(model)
+
+
+def plot(curves: dict[str, LengthCurve], path: str) -> None:
+    """Perplexity against length, one panel per curve, as an image.
+
+    Args:
+        curves: by title.
+        path: of the image; its ending is the format.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    figure, axes = _panels(len(curves))
+    for axis, (title, curve) in zip(axes, curves.items(), strict=True):
+        for method in curve.config.methods:
+            points = [x for x in curve.points if x.method == method]
+            lengths, perplexities = zip(*((x.length, x.perplexity) for x in points), strict=True)
+            axis.plot(lengths, perplexities, marker="o", label=method)
+        axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel="perplexity")
+    axes[0].legend()
+    figure.savefig(path)
+
+
+def _panels(count: int) -> tuple[Any, Any]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError(
+            "plots need matplotlib, which is not installed; run pip install 'memlm[plot]'"
+        ) from error
+    figure = Figure(figsize=(5 * count, 4), layout="constrained")
+    return figure, figure.subplots(1, count, squeeze=False)[0]
