@@ -311,6 +311,7 @@ def _empty_mask(*_: Any, **__: Any) -> Tensor:
 
 
 AttentionInterface.register(_NAME, _attention)
+AttentionInterface.register(_ADAPTED, _attention)
 AttentionMaskInterface.register(_NAME, _no_mask)
 AttentionMaskInterface.register(_ADAPTED, _empty_mask)
 

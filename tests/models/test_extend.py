@@ -126,29 +126,32 @@ def test_the_context_manager_restores_after_an_error(llama):
     assert not is_extended(llama)
 
 
-def test_it_trains_also_with_checkpointing(llama):
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_it_trains_also_with_checkpointing(family):
     tokens = tiny_tokens(2, 40)
-    extend_context(llama, **SETTINGS)
+    dropout = {"resid_pdrop": 0, "attn_pdrop": 0, "embd_pdrop": 0} if family == "gptj" else {}
+    model = extend_context(tiny_model(family, **dropout), **SETTINGS).train()
+    first = extension.attention_layers(model.get_decoder())[0]
     gradients = []
     for checkpointing in (False, True):
-        model = llama.train()
         if checkpointing:
             model.activation_checkpointing_enable()
         model.zero_grad()
         model(tokens, labels=tokens, use_cache=False).loss.backward()
-        gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
+        gradients.append(first.k_proj.weight.grad.clone())
     assert gradients[0].abs().sum() > 0
     assert_close(*gradients)
 
 
-def test_copies_and_saved_models_stand_alone(llama, tmp_path):
-    tokens = tiny_tokens(1, 40)
-    original = logits(llama, tokens)
-    extend_context(llama, **SETTINGS)
-    rows = logits(llama, tokens)
-    twin = copy.deepcopy(llama)
-    llama.save_pretrained(tmp_path)
-    restore_context(llama)
+@pytest.mark.parametrize("family", ["llama", "gptj", "falcon"])
+def test_copies_and_saved_models_stand_alone(family, tmp_path):
+    model, tokens = tiny_model(family), tiny_tokens(1, 40)
+    original = logits(model, tokens)
+    extend_context(model, **SETTINGS)
+    rows = logits(model, tokens)
+    twin = copy.deepcopy(model)
+    model.save_pretrained(tmp_path)
+    restore_context(model)
     assert torch.equal(logits(twin, tokens), rows)
     assert torch.equal(logits(restore_context(twin), tokens), original)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -156,8 +159,20 @@ def test_copies_and_saved_models_stand_alone(llama, tmp_path):
     assert torch.equal(logits(extend_context(loaded, **SETTINGS), tokens), rows)
 
 
-def test_a_memory_can_be_attached_too(llama):
-    extend_context(llama, **SETTINGS)
+@pytest.mark.parametrize("family", ["gptj", "bloom", "gemma3_text"])
+def test_the_original_moves_along_with_an_extended_model(family):
+    """What is done to parameters and buffers meanwhile is done to the modules that come back."""
+    model, tokens = tiny_model(family), tiny_tokens(1, 40)
+    expected = logits(copy.deepcopy(model).double(), tokens)
+    extend_context(model, **SETTINGS).double().train().eval()
+    assert logits(model, tokens).dtype == torch.float64
+    assert torch.equal(logits(restore_context(model), tokens), expected)
+    assert not any(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj"])
+def test_a_memory_can_be_attached_too(family):
+    llama = extend_context(tiny_model(family), **SETTINGS)
     prompt = tiny_tokens(2, 30)
     lm = attach(llama, LocalMemory(size=64))
     settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
