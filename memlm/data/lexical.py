@@ -67,26 +67,61 @@ def find_neighbours(
     check(k >= 1, f"k must be at least 1, got {k}")
     check(query_terms >= 1, f"query_terms must be at least 1, got {query_terms}")
     rows = shard_of(len(blocks), shard, shards)
-    bm25s = require("bm25s", extra="bm25", purpose="find similar blocks of text")
-    tokens, places = np.unique(np.concatenate(blocks), return_inverse=True)
-    terms = np.split(places, np.cumsum([len(block) for block in blocks])[:-1])
-    index = bm25s.BM25(k1=k1, b=b)
-    vocabulary = {str(token): term for term, token in enumerate(tokens.tolist())}
-    corpus = bm25s.tokenization.Tokenized(ids=[row.tolist() for row in terms], vocab=vocabulary)
-    index.index(corpus, show_progress=False)
-    frequency = np.diff(index.scores["indptr"])  # blocks that hold the token
+    search = BlockScores(blocks, k1=k1, b=b)
     found = np.full((len(rows), k), -1, np.int64)
     with bar(len(rows), label="neighbours", unit="block", quiet=not progress) as shown:
         for row, number in enumerate(rows):
-            asked = np.unique(terms[number])
-            asked = asked[frequency[asked] > 1]  # in this block alone: says nothing of others
-            asked = asked[np.argsort(frequency[asked], kind="stable")[:query_terms]]
-            scores = index.get_scores_from_ids(asked)
+            # tokens in this block alone say nothing of others
+            scores = search(blocks[number], query_terms=query_terms, fewest=2)
             scores[number] = 0.0
-            best = _best(scores, k)
+            best = best_above_zero(scores, k)
             found[row, : len(best)] = best
             shown.update(1)
     return found
+
+
+class BlockScores:
+    """BM25 of every block for a query, over token numbers.
+
+    Args:
+        blocks: token numbers of each block.
+        k1: BM25's saturation of repeated tokens.
+        b: BM25's normalisation by length.
+
+    Raises:
+        MissingExtraError: without bm25s.
+    """
+
+    def __init__(self, blocks: Blocks, *, k1: float = 0.9, b: float = 0.4):
+        bm25s = require("bm25s", extra="bm25", purpose="find similar blocks of text")
+        self._tokens, places = np.unique(np.concatenate(blocks), return_inverse=True)
+        self._blocks = len(blocks)
+        terms = np.split(places, np.cumsum([len(block) for block in blocks])[:-1])
+        self._index = bm25s.BM25(k1=k1, b=b)
+        vocabulary = {str(token): term for term, token in enumerate(self._tokens.tolist())}
+        corpus = bm25s.tokenization.Tokenized(ids=[row.tolist() for row in terms], vocab=vocabulary)
+        self._index.index(corpus, show_progress=False)
+        # blocks that hold each token
+        self._frequency: NDArray[np.int64] = np.diff(self._index.scores["indptr"])
+
+    def __call__(
+        self, query: NDArray[np.integer], *, query_terms: int, fewest: int = 1
+    ) -> NDArray[np.float32]:
+        """Scores of all blocks, ``(blocks,)``; zero for one that shares no token.
+
+        Args:
+            query: token numbers; each counts once, and one that no block holds does not count.
+            query_terms: rarest tokens that are looked up.
+            fewest: blocks a token must stand in to be looked up.
+        """
+        wanted = np.unique(query)
+        places = np.minimum(np.searchsorted(self._tokens, wanted), len(self._tokens) - 1)
+        asked = places[self._tokens[places] == wanted]
+        asked = asked[self._frequency[asked] >= fewest]
+        asked = asked[np.argsort(self._frequency[asked], kind="stable")[:query_terms]]
+        if not len(asked):
+            return np.zeros(self._blocks, np.float32)
+        return self._index.get_scores_from_ids(asked)
 
 
 def shard_of(blocks: int, shard: int, shards: int) -> range:
@@ -228,7 +263,7 @@ def write_order(path: str | Path, order: NDArray[np.integer]) -> None:
     write_atomic(Path(path), lambda file: file.write(content))
 
 
-def _best(scores: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+def best_above_zero(scores: NDArray[np.floating], k: int) -> NDArray[np.int64]:
     """The k highest scores above zero, ties by lower number."""
     count = min(k, len(scores))
     least = max(float(np.partition(scores, -count)[-count]), 0.0)

@@ -1,4 +1,4 @@
-"""Fingerprints of models and tokenizers: equal where they would make the same keys.
+"""Fingerprints of models (and, beside them, tokenizers): equal where they would make the same keys.
 
 A store is only good for the model and tokenizer that made it. The model's fingerprint covers what
 its numbers depend on: the settings that differ from their defaults, and the name, shape, type and
@@ -6,16 +6,16 @@ bytes of every weight. It leaves out what does not matter (names, versions, drop
 settings), so a renamed or re-saved copy keeps its fingerprint. xxh3 runs at memory speed.
 """
 
-import json
 from typing import Any
 
 import torch
 import xxhash
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from memlm.core.errors import UnsupportedModelError
 from memlm.core.files import fingerprint
+from memlm.data.fingerprint import tokenizer_hash as tokenizer_hash
 
 # Settings that change no hidden state of an evaluated model.
 _VOLATILE = {
@@ -60,24 +60,6 @@ def model_hash(model: PreTrainedModel) -> str:
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(_bytes(tensor))
     return fingerprint({"settings": settings, "weights": digest.hexdigest()})
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The fingerprint of how a tokenizer cuts text, as ``"xxh3_128:<hex>"``.
-
-    Covers the whole pipeline of a fast tokenizer (normaliser, pieces, merges, added tokens) and the
-    tokens that begin and end documents; not padding or truncation, which are states of use.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        pipeline = json.loads(backend.to_str())
-        pipeline.pop("padding", None)
-        pipeline.pop("truncation", None)
-    else:
-        pipeline = {"class": type(tokenizer).__name__, "vocabulary": tokenizer.get_vocab()}
-    return fingerprint(
-        {"pipeline": pipeline, "begin": tokenizer.bos_token_id, "end": tokenizer.eos_token_id}
-    )
 
 
 def _stable(values: Any) -> Any:
