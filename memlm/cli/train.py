@@ -1,27 +1,54 @@
-"""``memlm train``: a tokenizer and a small causal language model from text."""
+"""``memlm train``: a causal language model from text, with or without memory, new or continued."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import load_tokenizer, show
+from memlm.cli.options import load_model, load_tokenizer, show
+from memlm.core.config import check
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from memlm.data.documents import Document
+    from memlm.training.config import TrainConfig
+
+# What a flag of its own sets; everything else goes through --set.
+_FLAGS = ("method", "max_steps", "max_seconds", "learning_rate", "save_every", "threads", "seed")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a small Llama-style language model, and its tokenizer, on TEXT."""
+    """Train a language model, new or continued, on TEXT, with or without memory."""
 
     text: Annotated[str, Positional, arg(metavar="TEXT")]
-    """Folder, text file or .jsonl file (also .gz, .xz, .zst)."""
+    """Folder, text file or .jsonl file (also .gz, .xz, .zst); or a published corpus and its \
+split: wikitext-103:train, wikitext-2:train, enwik8:train, ..."""
     out: str
     """Directory of the model, its tokenizer and checkpoints."""
-    preset: Literal["tiny", "small", "demo"] = "tiny"
-    """Shape and schedule: tiny (1.2 M parameters), small (5 M), demo (a time budget)."""
+    method: Literal["ce", "trime", "trime_long", "trime_ext"] | None = None
+    """ce: plain; trime: with the text's own past as memory; trime_long: and the segments before \
+it; trime_ext: and other segments of the batch (default: the recipe's, else ce)."""
+    model: str | None = None
+    """Folder or Hub id of a model to continue (default: a new one)."""
+    preset: Literal["tiny", "small", "base", "demo"] | None = None
+    """Shape and schedule: tiny (1.2 M parameters), small (5 M), base (41 M, for a GPU), demo (a \
+time budget) (default: the recipe's, else tiny)."""
+    recipe: str | None = None
+    """TOML or JSON file of settings."""
+    architecture: str | None = None
+    """Hugging Face configuration file (.json) of a new model, instead of a small Llama."""
+    set: tuple[str, ...] = ()
+    """Settings to change, as name=value."""
     tokenizer: str | None = None
-    """Folder or Hub id of an existing tokenizer (default: train one)."""
+    """Folder or Hub id of an existing tokenizer (default: the model's; without one, train it)."""
+    level: Literal["bpe", "word", "character"] = "bpe"
+    """Of the trained tokenizer."""
     vocab_size: int = 4096
-    """Size of the trained tokenizer's vocabulary."""
+    """Size of the trained tokenizer's vocabulary (bytes alone: 257)."""
     evaluate_on: str | None = None
     """Held-out text to evaluate on."""
     max_steps: int | None = None
@@ -32,12 +59,14 @@ class Train:
     """Peak learning rate (default: the preset's)."""
     save_every: int | None = None
     """Steps between checkpoints (default: none)."""
+    chain: str | None = None
+    """For trime_ext: JSON list of block numbers, similar blocks next to each other."""
     resume: bool = False
     """Continue from the last checkpoint in --out."""
     threads: int | None = None
     """CPU threads (default: as torch chooses)."""
-    seed: int = 1
-    """Of the weights and the order of the examples."""
+    seed: int | None = None
+    """Of the weights and the order of the examples (default: 1)."""
     field: str = "text"
     """Field of a .jsonl line that holds the text."""
     separator: str | None = None
@@ -45,52 +74,109 @@ class Train:
     limit: int | None = None
     """Read only so many documents."""
     plan: bool = False
-    """Only say what would be trained: parameters, tokens per step, memory."""
+    """Only say what would be trained: parameters, tokens, memory, time."""
     json: bool = False
     """Print the result as JSON."""
 
     def run(self) -> int:
         """Train, or plan."""
-        from pathlib import Path
-
-        from memlm.data.documents import read_documents
         from memlm.data.tokens import tokenize
-        from memlm.training.causal_lm import describe_training, train_causal_lm
-        from memlm.training.config import TrainConfig
-        from memlm.training.tokenizer import train_tokenizer
+        from memlm.training.causal_lm import train_causal_lm
+        from memlm.training.plan import describe_training, shape_of
 
-        def documents(source: str):
-            return read_documents(
-                source, text_field=self.field, separator=self.separator, limit=self.limit
-            )
-
-        changes = {
-            name: getattr(self, name)
-            for name in ("max_steps", "max_seconds", "learning_rate", "save_every")
-            if getattr(self, name) is not None
-        }
-        config = TrainConfig.preset(self.preset, **changes, threads=self.threads, seed=self.seed)
-        if self.tokenizer is not None:
-            tokenizer = load_tokenizer(self.tokenizer)
-        elif self.resume and (Path(self.out) / "tokenizer.json").exists():
-            tokenizer = load_tokenizer(self.out)
-        else:
-            tokenizer = train_tokenizer(documents(self.text), self.vocab_size, exact=False)
+        check(
+            self.model is None or self.architecture is None,
+            "a model is either continued or new: give --model or --architecture, not both",
+        )
+        config, architecture = self._settings()
+        tokenizer = self._tokenizer()
+        model = self._model(config, architecture, tokenizer)
         if self.plan:
-            planned = describe_training(config, len(tokenizer))
+            shape = None if model is None else shape_of(model)
+            planned = describe_training(config, len(tokenizer), shape=shape, processes=_processes())
             show(planned, planned["text"], as_json=self.json)
             return 0
-        corpus = tokenize(documents(self.text), tokenizer)
-        held_out = (
-            None if self.evaluate_on is None else tokenize(documents(self.evaluate_on), tokenizer)
+        corpus = tokenize(self._documents(self.text), tokenizer)
+        held_out = None
+        if self.evaluate_on is not None:
+            held_out = tokenize(self._documents(self.evaluate_on), tokenizer)
+        trained = train_causal_lm(
+            corpus,
+            tokenizer,
+            config,
+            self.out,
+            model=model,
+            chain=self._chain(),
+            held_out=held_out,
+            resume=self.resume,
         )
-        model = train_causal_lm(
-            corpus, tokenizer, config, self.out, held_out=held_out, resume=self.resume
-        )
-        value = {"model": self.out, "parameters": model.num_parameters()}
+        value = {"model": self.out, "parameters": trained.num_parameters(), "method": config.method}
         text = (
-            f"{self.out}: {model.num_parameters():,} parameters\n"
+            f"{self.out}: {config.method}, {trained.num_parameters():,} parameters\n"
             f"next: memlm build {self.out} {self.text} --out STORE"
         )
         show(value, text, as_json=self.json)
         return 0
+
+    def _settings(self) -> "tuple[TrainConfig, Any]":
+        """The configuration, and the file of a new model's architecture."""
+        from memlm.training.recipe import Recipe, parse_changes, read_recipe
+
+        recipe = Recipe({}) if self.recipe is None else read_recipe(self.recipe)
+        flags = {name: getattr(self, name) for name in _FLAGS if getattr(self, name) is not None}
+        changes = parse_changes(self.set)
+        twice = sorted(set(changes) & set(flags))
+        check(not twice, f"{', '.join(twice)} is set twice, by a flag of its own and by --set")
+        config = recipe.config(preset=self.preset, **changes, **flags)
+        chosen = self.architecture or (None if self.model else recipe.architecture)
+        return config, chosen
+
+    def _tokenizer(self) -> "PreTrainedTokenizerBase":
+        from pathlib import Path
+
+        from memlm.training.tokenizer import train_tokenizer
+
+        if self.tokenizer is not None or self.model is not None:
+            return load_tokenizer(self.tokenizer or self.model or "")
+        if self.resume and (Path(self.out) / "tokenizer.json").exists():
+            return load_tokenizer(self.out)
+        documents = self._documents(self.text)
+        return train_tokenizer(documents, self.vocab_size, level=self.level, exact=False)
+
+    def _model(
+        self, config: "TrainConfig", architecture: Any, tokenizer: "PreTrainedTokenizerBase"
+    ) -> "PreTrainedModel | None":
+        """The model to continue or one of a given architecture; None: a small Llama."""
+        if self.model is not None:
+            return load_model(self.model, "cpu")
+        if architecture is None:
+            return None
+        from memlm.training.architecture import model_of
+
+        return model_of(architecture, tokenizer, seed=config.seed)
+
+    def _documents(self, source: str) -> "Iterator[Document]":
+        from memlm.data.documents import read_documents
+        from memlm.data.published import PUBLISHED, read_published
+
+        name, _, split = source.partition(":")
+        if name in PUBLISHED:
+            return iter(list(read_published(name, split or "train"))[: self.limit])
+        return read_documents(
+            source, text_field=self.field, separator=self.separator, limit=self.limit
+        )
+
+    def _chain(self) -> Any:
+        if self.chain is None:
+            return None
+        import json
+        from pathlib import Path
+
+        return json.loads(Path(self.chain).read_text(encoding="utf-8"))
+
+
+def _processes() -> int:
+    """How many torchrun started."""
+    import os
+
+    return int(os.environ.get("WORLD_SIZE", "1"))

@@ -32,6 +32,8 @@ class Schedule:
         steps: the last step, None while it is still being measured.
         elapsed: seconds of training so far, over all runs of a resumed training.
         plans: ``[step, steps]`` whenever ``steps`` was fixed or corrected.
+        targets: tokens predicted so far.
+        logged: the step of the last point of the loss curve.
     """
 
     def __init__(self, kind: str, warmup: int, steps: int | None):
@@ -40,6 +42,8 @@ class Schedule:
         self.steps = steps
         self.elapsed = 0.0
         self.plans: list[list[int]] = []
+        self.targets = 0
+        self.logged = 0
 
     def __call__(self, step: int) -> float:
         """The rate of the step after ``step`` finished ones."""

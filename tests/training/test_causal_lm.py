@@ -13,16 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from memlm.core.errors import FingerprintError, InputError
 from memlm.data.documents import Document
 from memlm.data.tokens import TokenCorpus, tokenize
+from memlm.models.taps import find_tap, forward_to_tap
+from memlm.testing.tiny import tiny_model
 from memlm.training.blocks import HeldOutBlocks, collate, pack
-from memlm.training.causal_lm import (
-    _BlockTrainer,
-    describe_training,
-    last_checkpoint,
-    new_model,
-    resolve_precision,
-    train_causal_lm,
-)
+from memlm.training.causal_lm import new_model, train_causal_lm
 from memlm.training.config import PRESETS, TrainConfig
+from memlm.training.folder import last_checkpoint
+from memlm.training.learning import resolve_precision
+from memlm.training.plan import describe_training
 from memlm.training.tokenizer import train_tokenizer
 
 TEXTS = [
@@ -60,7 +58,7 @@ def settings(**changes):
             "heads": 2,
             "intermediate_size": 32,
             "block_length": 16,
-            "batch_blocks": 4,
+            "batch_tokens": 64,
             "learning_rate": 1e-2,
             "warmup_steps": 4,
             "max_steps": 12,
@@ -128,7 +126,7 @@ def test_global_random_states_and_threads_are_given_back(corpus, tokenizer, tmp_
 def test_a_resumed_run_continues_identically(
     corpus, tokenizer, tmp_path, stop, accumulate, optimizer
 ):
-    config = settings(save_every=3, accumulate=accumulate, batch_blocks=2, optimizer=optimizer)
+    config = settings(save_every=3, accumulate=accumulate, batch_tokens=32, optimizer=optimizer)
     whole = train(corpus, tokenizer, tmp_path / "whole", config, held_out=corpus)
     broken = tmp_path / "broken"
     with pytest.raises(KeyboardInterrupt):
@@ -202,7 +200,7 @@ def test_tokens_are_counted_exactly(corpus, tokenizer, tmp_path):
     train(corpus, tokenizer, tmp_path, callbacks=[counter])
     report = summary(tmp_path)
     assert report["tokens"] == counter.tokens > 0
-    assert report["epochs"] == pytest.approx(12 * 4 / ((len(pack(corpus).tokens) - 17) // 16))
+    assert report["epochs"] == pytest.approx(report["tokens"] / pack(corpus).scored[1:].sum())
 
 
 def test_the_held_out_loss_is_exact_over_tokens(corpus, tokenizer, tmp_path):
@@ -247,18 +245,143 @@ def test_evaluations_on_the_way_are_reported(corpus, tokenizer, tmp_path):
     assert [entry["step"] for entry in summary(tmp_path)["evaluations"]] == [5, 10, 12]
 
 
-def test_our_loss_is_the_models_own(corpus, tokenizer, tmp_path):
-    config = settings()
-    model = new_model(config, tokenizer)
-    held_out = HeldOutBlocks(pack(corpus), 16)
-    trainer = _BlockTrainer(config, model, tmp_path, None, held_out, quiet=True, callbacks=[])
-    batch = collate([held_out[item] for item in range(5)])
-    model.train()
-    count = (batch["labels"] != -100).sum()
-    ours = trainer.compute_loss(model, batch, num_items_in_batch=count)
-    wrapped = torch.nn.DataParallel(model)  # on a CPU: the model behind another forward
-    theirs = trainer.compute_loss(wrapped, batch, num_items_in_batch=count)
-    torch.testing.assert_close(ours, theirs)
+METHODS = ["ce", "trime", "trime_long", "trime_ext"]
+
+
+@pytest.mark.parametrize("method", METHODS[1:])
+def test_every_method_resumes_identically(corpus, tokenizer, tmp_path, method):
+    changes = {"method": method, "memory_after": 2, "accumulate": 2, "batch_tokens": 32}
+    config = settings(save_every=3, log_every=2, max_steps=8, **changes)
+    whole = train(corpus, tokenizer, tmp_path / "whole", config, held_out=corpus)
+    with pytest.raises(KeyboardInterrupt):
+        train(corpus, tokenizer, tmp_path / "cut", config, held_out=corpus, callbacks=[StopAt(5)])
+    resumed = train(corpus, tokenizer, tmp_path / "cut", config, held_out=corpus, resume=True)
+    first, second = summary(tmp_path / "whole"), summary(tmp_path / "cut")
+    assert first["curve"] == second["curve"]
+    assert [point["step"] for point in first["curve"]] == [2, 3, 4, 6, 8]
+    assert first["held_out"] == second["held_out"]
+    assert first["tokens"] == second["tokens"]
+    assert all(map(torch.equal, whole.parameters(), resumed.parameters()))
+
+
+def test_memory_lowers_the_loss_after_its_warm_up(corpus, tokenizer, tmp_path):
+    config = settings(method="trime", memory_after=5, max_steps=10)
+    train(corpus, tokenizer, tmp_path, config, held_out=corpus)
+    curve = summary(tmp_path)["curve"]
+    assert all(point["loss"] == pytest.approx(point["model_loss"]) for point in curve[:5])
+    assert all(abs(point["loss"] - point["model_loss"]) > 1e-3 for point in curve[5:])
+    held_out = summary(tmp_path)["held_out"]
+    assert held_out["perplexity"] == pytest.approx(math.exp(held_out["loss"]))
+    assert held_out["model_loss"] != held_out["loss"]
+
+
+def test_a_step_does_not_depend_on_how_it_is_cut_up(corpus, tokenizer, tmp_path):
+    cut = settings(max_steps=4, batch_tokens=16, accumulate=4)
+    one = train(corpus, tokenizer, tmp_path / "one", settings(max_steps=4))
+    four = train(corpus, tokenizer, tmp_path / "four", cut)
+    for a, b in zip(one.parameters(), four.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_of_ones_own_is_continued(corpus, tokenizer, tmp_path, family):
+    model = tiny_model(family, vocab_size=len(tokenizer), max_position_embeddings=32)
+    before = [parameter.clone() for parameter in model.parameters()]
+    trained = train(corpus, tokenizer, tmp_path, settings(method="trime"), model=model)
+    assert trained is model
+    assert not all(map(torch.equal, before, trained.parameters()))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids = torch.tensor([[1, 2, 3]])
+    tap = find_tap(loaded)
+    assert torch.equal(forward_to_tap(loaded, tap, ids), forward_to_tap(trained, tap, ids))
+    assert "hidden_size" not in summary(tmp_path)["config"]
+    with pytest.raises(FingerprintError, match="model_hash"):
+        train(corpus, tokenizer, tmp_path, settings(method="trime"), model=model, resume=True)
+    longer = settings(block_length=64)
+    with pytest.raises(InputError, match="32 positions of the model"):
+        train(corpus, tokenizer, tmp_path / "longer", longer, model=model)
+
+
+def test_models_are_kept_on_the_way(corpus, tokenizer, tmp_path):
+    config = settings(
+        save_every=2, keep_last=3, keep_steps=(3, 5), keep_best=True, evaluate_every=4
+    )
+    model = train(corpus, tokenizer, tmp_path, config, held_out=corpus)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"checkpoint-8", "checkpoint-10", "checkpoint-12"}
+    third, fifth = (AutoModelForCausalLM.from_pretrained(tmp_path / f"step-{n}") for n in (3, 5))
+    assert not all(map(torch.equal, third.parameters(), fifth.parameters()))
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "best")
+    assert all(map(torch.equal, best.parameters(), model.parameters()))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "best")) == len(tokenizer)
+    record = json.loads((tmp_path / "best" / "evaluation.json").read_text())
+    losses = {entry["step"]: entry["loss"] for entry in summary(tmp_path)["evaluations"]}
+    assert record["loss"] == min(losses.values()) == losses[record["step"]]
+
+
+def test_computing_layers_again_changes_nothing(corpus, tokenizer, tmp_path):
+    plain = train(corpus, tokenizer, tmp_path / "a", settings(method="trime", max_steps=3))
+    config = settings(method="trime", max_steps=3, checkpoint_layers=True)
+    again = train(corpus, tokenizer, tmp_path / "b", config)
+    for a, b in zip(plain.parameters(), again.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        (
+            {"schedule": "inverse_sqrt", "warmup_steps": 4, "start_learning_rate": 1e-7},
+            lambda n: 1e-7 + n * (1e-2 - 1e-7) / 4 if n < 4 else 1e-2 * 2 * n**-0.5,
+        ),
+        (
+            {"schedule": "restarts", "warmup_steps": 0, "period": 4, "optimizer": "nag"},
+            lambda n: 1e-2 * 0.5 * (1 + math.cos(math.pi * (n % 4) / 4)),
+        ),
+    ],
+)
+def test_rates_of_the_papers(corpus, tokenizer, tmp_path, rule, expected):
+    train(corpus, tokenizer, tmp_path, settings(max_steps=8, **rule))
+    rates = [point["learning_rate"] for point in summary(tmp_path)["curve"]]
+    assert rates == pytest.approx([expected(n) for n in range(8)])
+
+
+def test_a_chain_decides_what_is_read_together(corpus, tokenizer, tmp_path):
+    blocks = len(HeldOutBlocks(pack(corpus), 16))
+    config = settings(method="trime_ext", max_steps=2)
+    chain = np.random.default_rng(1).permutation(blocks)
+    train(corpus, tokenizer, tmp_path / "a", config, chain=chain)
+    train(corpus, tokenizer, tmp_path / "b", config)
+    assert summary(tmp_path / "a")["curve"] != summary(tmp_path / "b")["curve"]
+    with pytest.raises(FingerprintError, match="chain_hash"):
+        train(corpus, tokenizer, tmp_path / "a", config, resume=True)
+    with pytest.raises(InputError, match="every block from 0"):
+        train(corpus, tokenizer, tmp_path / "c", config, chain=chain[1:])
+    with pytest.raises(InputError, match="is what trime_ext reads"):
+        train(corpus, tokenizer, tmp_path / "d", chain=chain)
+
+
+def test_trackers_of_the_trainer_are_told(corpus, tokenizer, tmp_path):
+    told = []
+
+    class Tracker(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            told.append(dict(logs or {}))
+
+    train(
+        corpus,
+        tokenizer,
+        tmp_path,
+        settings(evaluate_every=6),
+        held_out=corpus,
+        callbacks=[Tracker()],
+    )
+    assert [
+        set(logs) >= {"loss", "model_loss", "grad_norm", "learning_rate"}
+        for logs in told
+        if "loss" in logs
+    ] == [True] * 12
+    assert sum("eval_model_loss" in logs for logs in told) == 2
 
 
 def test_bfloat16_trains_too(corpus, tokenizer, tmp_path):
@@ -277,7 +400,7 @@ def test_a_loss_that_is_no_number_stops_the_run(corpus, tokenizer, tmp_path):
 
 def test_what_does_not_fit_together_is_refused(corpus, tokenizer, tmp_path):
     with pytest.raises(InputError, match="block of 5000 tokens"):
-        train(corpus, tokenizer, tmp_path / "a", settings(block_length=5000))
+        train(corpus, tokenizer, tmp_path / "a", settings(block_length=5000, batch_tokens=5000))
     foreign = TokenCorpus.from_tokens(np.arange(400))
     with pytest.raises(InputError, match="token 399 where the tokenizer has 300"):
         train(foreign, tokenizer, tmp_path / "b")
@@ -300,6 +423,9 @@ def test_a_dry_run_says_what_a_run_will_be(corpus):
     assert plan["epochs"] == pytest.approx(100 * 2048 / len(corpus))
     assert plan["memory_bytes"] > 16 * plan["parameters"]
     assert "1,180,800 parameters" in plan["text"]
+    assert plan["tokens"] == 204_800
+    assert plan["hours"] > 0
+    assert describe_training(TrainConfig.preset("tiny"), 4096, processes=4)["step_tokens"] == 8192
     timed = describe_training(TrainConfig.preset("tiny", max_seconds=9.0), 4096)
     assert timed["epochs"] is None
     assert "9 s" in timed["text"]

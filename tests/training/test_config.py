@@ -10,7 +10,16 @@ from memlm.training.config import PRESETS, TrainConfig
     ("changes", "message"),
     [
         ({"layers": 0}, "layers must be at least 1"),
-        ({"batch_blocks": -1}, "batch_blocks must be at least 1"),
+        ({"batch_tokens": 100}, "at least one example of block_length tokens, got 100 for 256"),
+        ({"keep_best": True}, "give evaluate_every"),
+        ({"momentum": 1.0}, "momentum must lie between 0 and 1"),
+        ({"method": "long"}, "method must be one of ce, trime"),
+        ({"temperature": 0.0}, "temperature must be a finite number above 0"),
+        ({"group_by": "tfidf"}, "group_by must be one of text, bm25"),
+        (
+            {"max_steps": None, "max_seconds": 3.0, "schedule": "inverse_sqrt"},
+            "give max_steps, not max_seconds",
+        ),
         ({"weight_decay": -0.1}, "weight_decay must not be negative"),
         ({"clip_norm": -1.0}, "clip_norm must not be negative"),
         ({"warmup_steps": -5}, "warmup_steps must not be negative"),
@@ -19,13 +28,13 @@ from memlm.training.config import PRESETS, TrainConfig
         ({"hidden_size": 12, "heads": 4}, "even multiple of heads"),
         ({"learning_rate": 0.0}, "learning_rate must be above zero"),
         ({"muon_learning_rate": -1.0}, "muon_learning_rate must be above zero"),
-        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon"),
+        ({"optimizer": "sgd"}, "optimizer must be one of adamw, muon, nag"),
         ({"beta2": 1.0}, "beta2 must be from 0"),
         ({"max_seconds": 3.0}, "exactly one of max_steps and max_seconds"),
         ({"max_steps": None}, "exactly one of max_steps and max_seconds"),
         ({"max_steps": None, "max_seconds": -1.0}, "max_seconds must be above zero"),
         ({"max_steps": -1}, "max_steps must be at least 1"),
-        ({"precision": "float16"}, "precision must be one of"),
+        ({"precision": "float8"}, "precision must be one of"),
         ({"schedule": "step"}, "schedule must be one of"),
         ({"threads": 0}, "threads must be at least 1"),
     ],
@@ -67,4 +76,9 @@ def test_the_repeatable_run_keeps_everything_else():
 
 def test_stated_parameter_counts():
     counts = {name: TrainConfig.preset(name).parameters(4096) for name in PRESETS}
-    assert counts == {"tiny": 1_180_800, "small": 5_065_472, "demo": 1_180_800}
+    assert counts == {
+        "tiny": 1_180_800,
+        "small": 5_065_472,
+        "base": 40_645_120,
+        "demo": 1_180_800,
+    }

@@ -65,3 +65,34 @@ def test_what_cannot_give_a_vocabulary_is_refused(documents, size, message):
 
 def test_a_smaller_vocabulary_can_be_accepted():
     assert 257 < len(train_tokenizer(DOCUMENTS[:2], 5000, exact=False)) < 5000
+
+
+def test_words_are_what_stands_between_spaces_and_line_breaks_count():
+    text = " = Lobsters = \n \n The <unk> eats the plant . \n"
+    words = train_tokenizer([Document("a", text)], 100, level="word", exact=False)
+    pieces = words.convert_ids_to_tokens(words(text)["input_ids"])
+    assert " ".join(pieces) == text.strip(" ")
+    assert words.convert_ids_to_tokens(words("The crab")["input_ids"]) == ["The", "<unk>"]
+    frequent = train_tokenizer([Document("a", text)], 4, level="word")
+    assert set(frequent.get_vocab()) == {"<|endoftext|>", "<unk>", "\n", "="}
+
+
+def test_characters_come_back_as_they_were():
+    text = "Año nuevo,\nvida nueva."
+    characters = train_tokenizer([Document("a", text)], 100, level="character", exact=False)
+    ids = characters(text)["input_ids"]
+    assert len(ids) == len(text)
+    assert characters.decode(ids) == text
+    assert characters("ñz")["input_ids"] == [characters.get_vocab()["ñ"], characters.unk_token_id]
+
+
+def test_257_tokens_are_bytes():
+    tokenizer = train_tokenizer([Document("a", "Año")], 257)
+    assert len(tokenizer("Año!")["input_ids"]) == len("Año!".encode())
+
+
+def test_unknown_levels_are_refused():
+    with pytest.raises(InputError, match="one of bpe, word, character"):
+        train_tokenizer([Document("a", "b")], 300, level="syllable")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="at least 3 tokens"):
+        train_tokenizer([Document("a", "b")], 2, level="word")
