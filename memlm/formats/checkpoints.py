@@ -75,7 +75,9 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 
     # what torch.load asks of a pickle module
     module = types.SimpleNamespace(
-        Unpickler=Unpickler, load=lambda file, **kwargs: Unpickler(file, **kwargs).load()
+        __name__="restricted",
+        Unpickler=Unpickler,
+        load=lambda file, **kwargs: Unpickler(file, **kwargs).load(),
     )
     try:
         state = torch.load(path, map_location="cpu", pickle_module=module, weights_only=False)
