@@ -14,9 +14,12 @@ class BuildIndex:
 
     store: Annotated[str, Positional, arg(metavar="STORE")]
     """Directory of the datastore."""
-    type: Literal["auto", "ivfpq", "flat", "exact"] = "ivfpq"
-    """ivfpq: inverted lists of compressed keys (the papers'); flat: exact, FAISS; exact: exact, \
+    type: Literal["auto", "ivfpq", "opq", "fastscan", "ivf", "hnsw", "flat", "exact"] = "ivfpq"
+    """ivfpq: inverted lists of compressed keys (the papers'); opq: of rotated ones; fastscan: of \
+4-bit codes; ivf: of keys in half precision; hnsw: a graph; flat: exact, FAISS; exact: exact, \
 torch, no file; auto: exact for small stores, else ivfpq."""
+    memory: float | None = None
+    """Gigabytes the index may take: what finds most within them is built; needs --type auto."""
     factory: str = ""
     """A FAISS factory string such as "IVF1024,PQ32"; needs --type auto."""
     lists: int = 4096
@@ -38,6 +41,7 @@ torch, no file; auto: exact for small stores, else ivfpq."""
 
     def run(self) -> int:
         """Plan, build, measure."""
+        from memlm.core.threads import multiply_adds_per_second
         from memlm.index.plan import IndexConfig, plan_index
         from memlm.methods.knn_lm import index_store
         from memlm.store.reader import Datastore
@@ -51,14 +55,18 @@ torch, no file; auto: exact for small stores, else ivfpq."""
             code_size=self.code_size,
             nprobe=self.nprobe,
             train_size=self.train_size,
+            memory=None if self.memory is None else int(self.memory * 1e9),
             seed=self.seed,
         )
         plan = plan_index(len(store), store.dim, config)
+        seconds = plan.seconds(multiply_adds_per_second(self.threads)) if plan.operations else None
+        text = plan.text if seconds is None else f"{plan.text}, about {seconds / 60:.1f} minutes"
         if self.plan:
-            show(asdict(plan), "\n".join((plan.text, *plan.warnings)), as_json=self.json)
+            value = {**asdict(plan), "seconds": seconds}
+            show(value, "\n".join((text, *plan.warnings)), as_json=self.json)
             return 0
         if not self.json:
-            show({}, plan.text, as_json=False)
+            show({}, text, as_json=False)
         described = index_store(store, config, threads=self.threads).describe()
         recall = described.get("recall")
         text = f"{store.path / 'index'}: {described.get('factory') or 'exact search'}"

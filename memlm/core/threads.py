@@ -1,5 +1,6 @@
 """Thread counts are set for a block of code and given back afterwards, never left changed."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -24,3 +25,18 @@ def torch_threads(count: int | None) -> Iterator[int]:
     finally:
         if torch.get_num_threads() != before:
             torch.set_num_threads(before)
+
+
+def multiply_adds_per_second(count: int | None = None) -> float:
+    """What this machine does in float32 now, by one product that takes some milliseconds.
+
+    Args:
+        count: threads; None: as they are.
+    """
+    left, right = torch.ones(1024, 256), torch.ones(256, 4096)
+    with torch_threads(count):
+        out = left @ right  # the first one starts the threads
+        start = time.perf_counter()
+        for _ in range(3):
+            torch.mm(left, right, out=out)
+        return 3 * 1024 * 256 * 4096 / (time.perf_counter() - start)

@@ -44,9 +44,9 @@ class OwnEntries:
         identity, documents = store.manifest.identity, store.documents
         if identity.corpus_hash != corpus.hash or documents is None:
             raise InputError(
-                f"to leave out a token's own {what} the store must be made of the very text that is "
-                f"scored, got a store of text {identity.corpus_hash} and text {corpus.hash}; score "
-                "that text, or leave out nothing"
+                f"to leave out a token's own {what} the store must be made of the very text that "
+                f"is scored, got a store of text {identity.corpus_hash} and text {corpus.hash}; "
+                "score that text, or leave out nothing"
             )
         self.memory: Any = memory
         self._corpus, self._what = corpus, what

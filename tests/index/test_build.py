@@ -82,6 +82,43 @@ def test_the_planned_bytes_are_those_of_the_file(tmp_path):
         assert plan.bytes == pytest.approx(size, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    ("kind", "factory"),
+    [
+        ("ivf", "IVF32,SQfp16"),
+        ("ivfpq", "IVF32,PQ4"),
+        ("opq", "OPQ4,IVF32,PQ4"),
+        ("fastscan", "IVF32,PQ8x4fs"),
+        ("hnsw", "HNSW32,SQfp16"),
+    ],
+)
+def test_every_type_is_built_as_planned(kind, factory, tmp_path):
+    config = IndexConfig(type=kind, lists=32, code_size=4, nprobe=32, recall_k=10)
+    plan = plan_index(len(STORE), STORE.dim, config)
+    assert (plan.factory, plan.warnings) == (factory, ())
+    index = build_index(STORE, config, directory=tmp_path)
+    assert plan.bytes == pytest.approx((tmp_path / "index.faiss").stat().st_size, rel=0.25)
+    assert index.describe()["recall"]["value"] > (0.9 if kind in ("ivf", "hnsw") else 0.3)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "factory"),
+    [(60, "IVF4096,SQfp16"), (30, "IVF4096,PQ512"), (4, "IVF4096,PQ128"), (0.2, "IVF4096,PQ1")],
+)
+def test_memory_decides_what_is_built(gigabytes, factory):
+    plan = plan_index(20_000_000, 1024, IndexConfig(memory=int(gigabytes * 1e9)))
+    assert plan.factory == factory
+    assert plan.bytes <= gigabytes * 1e9
+    assert plan.seconds(1e11) > 1
+
+
+def test_memory_that_holds_nothing():
+    with pytest.raises(InputError, match=r"takes 197 MB \(IVF4096,PQ1\), got 1 MB of memory"):
+        plan_index(20_000_000, 1024, IndexConfig(memory=1_000_000))
+    with pytest.raises(InputError, match="memory decides which index is built, got 5 beside 'ivf'"):
+        IndexConfig(type="ivf", memory=5)
+
+
 def test_the_config_round_trips():
     assert IndexConfig.from_dict(json.loads(json.dumps(SMALL.to_dict()))) == SMALL
     assert isinstance(SMALL, Config)

@@ -59,7 +59,7 @@ class Reversed(TensorKeys):
         (lambda: faiss_threads(0).__enter__(), "threads must be at least 1, got 0"),
         (lambda: build_index(KEYS[:0]), "at least one key"),
         (lambda: plan_index(0, 8, IndexConfig()), "at least one key"),
-        (lambda: IndexConfig(type="ivf"), "index type must be one of .*got 'ivf'.*'ivfpq'"),
+        (lambda: IndexConfig(type="ivfqp"), "index type must be one of .*got 'ivfqp'.*'ivfpq'"),
         (lambda: IndexConfig(metric="dot"), "metric must be one of"),
         (lambda: IndexConfig(lists=0), "lists must be at least 1, got 0"),
         (lambda: IndexConfig(recall_queries=-1), "recall_queries must be at least 0"),
