@@ -22,7 +22,12 @@ def small_model(documents: list[memlm.Document], out: Path):
     tokenizer = memlm.train_tokenizer(documents, vocab_size=1000)
     corpus = memlm.tokenize(documents, tokenizer)
     config = memlm.TrainConfig(
-        hidden_size=64, layers=2, intermediate_size=128, block_length=64, max_steps=80
+        hidden_size=64,
+        layers=2,
+        intermediate_size=128,
+        block_length=64,
+        batch_tokens=512,
+        max_steps=80,
     )
     return memlm.train_causal_lm(corpus, tokenizer, config, out), tokenizer
 

@@ -25,7 +25,12 @@ def main(out: Path) -> None:
         for documents in (library.train[100:180], library.dev[:12], library.test[:16])
     )
     config = memlm.TrainConfig(
-        hidden_size=64, layers=2, intermediate_size=128, block_length=64, max_steps=80
+        hidden_size=64,
+        layers=2,
+        intermediate_size=128,
+        block_length=64,
+        batch_tokens=512,
+        max_steps=80,
     )
     model = memlm.train_causal_lm(train, tokenizer, config, out / "model")
 

@@ -11,6 +11,7 @@ from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from memlm.core.config import check
+from memlm.core.errors import InputError
 from memlm.training.config import RunConfig
 from memlm.training.fairseq_adam import FairseqAdam
 from memlm.training.nag import Nag
@@ -70,14 +71,15 @@ def make_optimizer(config: RunConfig, module: nn.Module, model: PreTrainedModel)
         model: inside ``module``; its head is a table, not a matrix, for Muon.
     """
     if config.optimizer == "muon":
-        head = model.get_output_embeddings()
-        check(
-            head is not None,
-            f"muon must know the head of a model, but {type(model).__name__} shows none; use adamw",
-        )
+        head = getattr(model.get_output_embeddings(), "weight", None)
+        if head is None:
+            raise InputError(
+                "muon must know the head of a model, but "
+                f"{type(model).__name__} shows none; use adamw"
+            )
         return muon_adamw(
             module,
-            head.weight,
+            head,
             muon_learning_rate=config.muon_learning_rate,
             learning_rate=config.learning_rate,
             weight_decay=config.weight_decay,

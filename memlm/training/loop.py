@@ -221,7 +221,8 @@ class Loop(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser of the settings."""
         if self.optimizer is None:
-            self.optimizer = make_optimizer(self.config, model or self.model, self.trained)
+            module = cast(nn.Module, model or self.model)
+            self.optimizer = make_optimizer(self.config, module, self.trained)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps, optimizer=None):
@@ -244,7 +245,7 @@ class Loop(Trainer):
     def get_batch_samples(self, epoch_iterator, num_batches, device):
         """The micro-batches of a step and the targets that they hold on all processes."""
         batches = [next(epoch_iterator) for _ in range(num_batches)]
-        count = sum(_targets(batch) for batch in batches).to(device)
+        count = torch.stack([_targets(batch) for batch in batches]).sum().to(device)
         self.targets = int(self._over_processes(count))
         check(self.targets > 0, "every step must have targets, but one holds none; give more text")
         self.schedule.targets += self.targets
@@ -280,16 +281,16 @@ class Loop(Trainer):
         the objective states it.
         """
         examples = cast(Sequence[Any], eval_dataset or self.held_out)
-        self.model.eval()
+        collate, module = cast(Collate, self.data_collator), cast(nn.Module, self.model).eval()
         rows, size, rank = self.config.rows, self.args.world_size, self.args.process_index
         sums: dict[str, Tensor] = {}
         for first in range(0, len(examples), rows * size):
             begin = first + rank * rows
             present = range(begin, min(begin + rows, len(examples))) or (_NOTHING,)
-            batch = self.data_collator([_example(examples, number) for number in present])
-            batch = cast(dict[str, Tensor], self._prepare_inputs(batch))
+            collated = collate([_example(examples, number) for number in present])
+            batch = cast(dict[str, Tensor], self._prepare_inputs(collated))
             with self.compute_loss_context_manager():
-                output: ObjectiveOutput = self.model(batch)
+                output: ObjectiveOutput = module(batch)
             for name, value in (
                 ("targets", output.count),
                 ("loss", output.loss_sum),

@@ -64,7 +64,8 @@ class Dealt:
         ranks_per_stream: int = 1,
     ):
         check(len(batches) >= 1, "there must be at least one training example, got none")
-        self.batches, self.by, self.processes, self.seed = batches, by, processes, seed
+        self.batches, self.processes, self.seed = batches, processes, seed
+        self.by: Deal = by
         self.ranks_per_stream = ranks_per_stream
         self._plan = 1, self._dealt(1)
 

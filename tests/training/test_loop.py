@@ -154,7 +154,7 @@ documents = [Document(str(n), f"Number {n} is {n * n} and no other. " * 9) for n
 tokenizer = train_tokenizer(documents, 280)
 config = TrainConfig(
     hidden_size=16, layers=2, heads=2, intermediate_size=32, block_length=16, batch_tokens=64,
-    method="trime", memory_after=5, max_steps=60, save_every=4, log_every=2, evaluate_every=10,
+    method="trime", memory_after=5, max_steps=120, save_every=4, log_every=2, evaluate_every=10,
     precision="float32", device="cpu", threads=1, keep_steps=(30,), keep_best=True,
 )
 corpus = tokenize(documents, tokenizer)
@@ -194,7 +194,7 @@ def test_a_run_killed_anywhere_ends_as_if_nothing_had_happened(seed, tmp_path):
         while process.poll() is None and not (tmp_path / "killed" / "run.json").exists():
             time.sleep(0.05)
         try:
-            process.wait(timeout=float(draw.uniform(0.5, 6)) if kills < 6 else None)
+            process.wait(timeout=float(draw.uniform(0.0, 1.5)) if kills < 6 else None)
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             kills += 1
