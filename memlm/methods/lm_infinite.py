@@ -13,8 +13,8 @@ Settings of the paper's code: `window` is the training length (4096 for Llama 2)
 the limit is the window. That limit is one step more than the largest distance of training,
 which is ``window - 1``, as the paper's figure has it; here the code is followed.
 
-Not here: the top-k tokens of the middle, a limit without the window, and families whose attention
-does not go through `transformers`' interface (GPT-J, MPT, Bloom, Falcon).
+Not here: the top-k tokens of the middle. The code's slower path, a limit without the window, is
+`extend_context(..., middle="kept")`.
 """
 
 from transformers import PreTrainedModel
@@ -26,7 +26,7 @@ def lm_infinite(model: PreTrainedModel, *, window=4096, sinks=100) -> PreTrained
     """``model`` with Lambda attention in every layer, in place; the same object.
 
     Args:
-        model: a causal language model of a family in `memlm.models.extend.FAMILIES`.
+        model: a causal language model of a family in `memlm.models.extend_families.FAMILIES`.
         window: the length it was trained on.
         sinks: first tokens that stay visible.
     """
