@@ -1,0 +1,76 @@
+"""``memlm finetune``: an encoder on a GLUE task, over learning rates and seeds."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from memlm.cli.options import show
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """Fine-tune MODEL on a GLUE task; repeat the command to go on where it stopped."""
+
+    model: Annotated[str, Positional, arg(metavar="MODEL")]
+    """Folder or Hub id of an encoder with its tokenizer."""
+    task: str
+    """cola, sst2, mrpc, qqp, stsb, mnli, qnli, rte or wnli."""
+    out: str
+    """Directory of the runs and their table."""
+    data: str = "nyu-mll/glue"
+    """Folder of the task's .tsv files, folder saved by datasets, or a data set on the Hub."""
+    learning_rates: tuple[float, ...] = (2e-5, 3e-5, 4e-5, 5e-5)
+    """To choose from."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Runs of each rate; their median counts."""
+    epochs: int | None = None
+    """Default: as published for the task."""
+    batch_size: int = 32
+    """Samples per step."""
+    max_length: int | None = None
+    """Tokens of a sample (default: what the model can read)."""
+    legacy_batch_mean: bool = False
+    """Metrics as means over batches, to compare with logs of the TUPE authors' code."""
+    legacy_classes: bool = False
+    """Classes numbered by frequency, as there."""
+    keep_models: bool = False
+    """Keep the weights of every run."""
+    threads: int | None = None
+    """CPU threads (default: as torch chooses)."""
+    json: bool = False
+    """Print the table as JSON."""
+
+    def run(self) -> int:
+        """Run the grid."""
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        import memlm.models.tupe.heads  # noqa: F401  # makes its models known
+        from memlm.cli.options import load_tokenizer
+        from memlm.training.finetune import describe_table, finetune
+        from memlm.training.finetune_config import FinetuneConfig
+
+        longest = AutoConfig.from_pretrained(self.model).max_position_embeddings
+        config = FinetuneConfig(
+            task=self.task,
+            learning_rates=self.learning_rates,
+            seeds=self.seeds,
+            epochs=self.epochs,
+            batch_size=self.batch_size,
+            max_length=self.max_length or min(512, longest),
+            legacy_batch_mean=self.legacy_batch_mean,
+            legacy_classes=self.legacy_classes,
+            keep_models=self.keep_models,
+            threads=self.threads,
+        )
+        table = finetune(
+            lambda labels: AutoModelForSequenceClassification.from_pretrained(
+                self.model, num_labels=labels
+            ).float(),
+            load_tokenizer(self.model),
+            self.data,
+            config,
+            self.out,
+        )
+        show(table, describe_table(table), as_json=self.json)
+        return 0

@@ -1,0 +1,209 @@
+"""The tasks of GLUE (Wang et al. 2019): where texts and labels are, what is measured.
+
+Read from the official tab-separated files (columns by number, since headers differ between splits),
+from a folder that ``datasets`` saved, or from the Hub under the task's name in ``nyu-mll/glue``.
+Classes are in GLUE's order. The TUPE authors' code numbers them by their frequency in training
+instead, the most frequent first; ``by_frequency`` does that.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from memlm.core.config import check
+from memlm.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class GlueTask:
+    """One task.
+
+    Attributes:
+        name: as in GLUE.
+        fields: names of the text columns in ``datasets``, one or two.
+        columns: their places in a line of the files, from 0.
+        label_column: place of the label; -1 the last.
+        classes: names in order; empty for a regression.
+        metrics: first the one that results are compared by.
+        epochs: of the published protocol (Ke et al. 2021, appendix).
+        header: whether the files begin with a line of names.
+        held_out: splits that are evaluated.
+        width: fields of a line, or None; other lines are dropped.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    columns: tuple[int, ...]
+    label_column: int
+    classes: tuple[str, ...]
+    metrics: tuple[str, ...] = ("accuracy",)
+    epochs: int = 10
+    header: bool = True
+    held_out: tuple[str, ...] = ("validation",)
+    width: int | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of a model; 1 for a regression."""
+        return len(self.classes) or 1
+
+
+_PAIR = ("sentence1", "sentence2")
+_YES_NO = ("0", "1")
+_ENTAILED = ("entailment", "not_entailment")
+_MNLI = ("entailment", "neutral", "contradiction")
+_BOTH = ("validation_matched", "validation_mismatched")
+_F1 = ("accuracy", "f1")
+
+TASKS: dict[str, GlueTask] = {
+    task.name: task
+    for task in (
+        GlueTask("cola", ("sentence",), (3,), 1, _YES_NO, ("matthews",), header=False),
+        GlueTask("sst2", ("sentence",), (0,), 1, _YES_NO),
+        GlueTask("mrpc", _PAIR, (3, 4), 0, _YES_NO, _F1),
+        GlueTask("qqp", ("question1", "question2"), (3, 4), 5, _YES_NO, _F1, 5, width=6),
+        GlueTask("stsb", _PAIR, (7, 8), 9, (), ("pearson", "spearman")),
+        GlueTask("mnli", ("premise", "hypothesis"), (8, 9), -1, _MNLI, epochs=5, held_out=_BOTH),
+        GlueTask("qnli", ("question", "sentence"), (1, 2), 3, _ENTAILED, epochs=5),
+        GlueTask("rte", _PAIR, (1, 2), 3, _ENTAILED),
+        GlueTask("wnli", _PAIR, (1, 2), 3, _YES_NO),
+    )
+}
+_FILES = {
+    "train": "train.tsv",
+    "validation": "dev.tsv",
+    "validation_matched": "dev_matched.tsv",
+    "validation_mismatched": "dev_mismatched.tsv",
+}
+_HIGHEST_SIMILARITY = 5.0  # of STS-B; models predict a share of it
+
+
+class Samples(NamedTuple):
+    """One split of a task.
+
+    Attributes:
+        texts: per sample one or two texts.
+        labels: ``(samples,)`` int64 classes, or float64 similarities from 0 to 1.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: NDArray[np.number]
+
+
+def glue_task(name: str) -> GlueTask:
+    """The task of a name, in any of its usual spellings.
+
+    Raises:
+        InputError: if there is none.
+    """
+    plain = name.lower().replace("-", "").replace("_", "")
+    check(plain in TASKS, f"task must be one of {', '.join(TASKS)}, got {name!r}")
+    return TASKS[plain]
+
+
+def read_glue(task: GlueTask, source: str | Path | Mapping[str, Any], split: str) -> Samples:
+    """Read one split.
+
+    Args:
+        task: from `glue_task`.
+        source: folder of the official files, folder that ``datasets`` saved, a mapping from splits
+            to rows, or the name of a data set on the Hub with the task as its configuration.
+        split: ``train`` or one of ``task.held_out``.
+
+    Raises:
+        InputError: if the split is missing or empty, or a label is none of the task's.
+    """
+    if isinstance(source, Mapping):
+        rows = _from_rows(task, source, split)
+    elif (Path(source) / _FILES["train"]).is_file():
+        path = Path(source) / _FILES[split]
+        check(path.is_file(), f"{path} must exist for split {split!r} of {task.name}")
+        rows = list(_from_file(task, path))
+    else:
+        rows = _from_rows(task, _datasets(task, str(source)), split)
+    check(len(rows) > 0, f"split {split!r} of {task.name} must have samples, got none")
+    texts = [texts for texts, _ in rows]
+    return Samples(texts, _labels(task, [label for _, label in rows]))
+
+
+def by_frequency(labels: NDArray[np.number]) -> NDArray[np.int64]:
+    """The TUPE authors' order of classes: the number that each old class gets.
+
+    Args:
+        labels: ``(samples,)`` classes of the training split.
+
+    Returns:
+        ``(classes,)``: rank by falling frequency, equal ones in their old order.
+    """
+    counted = Counter(labels.tolist())
+    order = sorted(counted, key=lambda label: (-counted[label], label))
+    ranks = np.zeros(max(counted) + 1, np.int64)
+    ranks[order] = np.arange(len(order))
+    return ranks
+
+
+def _from_file(task: GlueTask, path: Path) -> Iterable[tuple[tuple[str, ...], str]]:
+    lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in enumerate(lines):
+        fields = line.rstrip("\r").split("\t")
+        if (number == 0 and task.header) or not line.strip():
+            continue
+        if task.width is not None and len(fields) != task.width:
+            continue
+        last = max(*task.columns, task.label_column)
+        check(
+            len(fields) > last,
+            f"line {number + 1} of {path} must have at least {last + 1} fields, got {len(fields)}",
+        )
+        yield tuple(fields[column] for column in task.columns), fields[task.label_column]
+
+
+def _from_rows(
+    task: GlueTask, splits: Mapping[str, Any], split: str
+) -> list[tuple[tuple[str, ...], Any]]:
+    check(split in splits, f"{task.name} must have a split {split!r}, got {', '.join(splits)}")
+    rows = splits[split]
+    for name in (*task.fields, "label"):
+        check(
+            len(rows) == 0 or name in rows[0],
+            f"rows of {task.name} must have the field {name!r}, got {', '.join(rows[0])}"
+            if len(rows)
+            else "",
+        )
+    return [(tuple(row[name] for name in task.fields), row["label"]) for row in rows]
+
+
+def _datasets(task: GlueTask, source: str) -> Mapping[str, Any]:
+    import datasets
+
+    if Path(source).is_dir():
+        loaded = datasets.load_from_disk(source)
+        check(
+            isinstance(loaded, Mapping),
+            f"{source} must hold several splits, got a single data set",
+        )
+        return loaded  # type: ignore[return-value]
+    return datasets.load_dataset(source, task.name)  # type: ignore[return-value]
+
+
+def _labels(task: GlueTask, labels: list[Any]) -> NDArray[np.number]:
+    if not task.classes:
+        try:
+            return np.array([float(label) for label in labels]) / _HIGHEST_SIMILARITY
+        except ValueError as error:
+            raise InputError(f"labels of {task.name} must be numbers: {error}") from error
+    known = {name: number for number, name in enumerate(task.classes)}
+    numbers = []
+    for label in labels:
+        number = label if isinstance(label, int) else known.get(str(label), -1)
+        check(
+            0 <= number < len(known),
+            f"a label of {task.name} must be one of {', '.join(known)}, got {label!r}",
+        )
+        numbers.append(number)
+    return np.array(numbers, np.int64)

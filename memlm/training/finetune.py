@@ -1,0 +1,242 @@
+"""Fine-tune an encoder on a GLUE task: every learning rate with every seed, the best median.
+
+One run: the sequence classifier (any of transformers) is trained on the common loop, then predicts
+the held-out splits, and the metrics are of all samples of a split. The grid can be stopped at any
+time: a run that has its ``result.json`` is not repeated.
+
+    OUT/rate-2e-05-seed-1/result.json    one run
+    OUT/table.json                       medians over seeds; the best rate by the first metric
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import xxhash
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from memlm.core.config import check
+from memlm.core.files import read_json, write_json
+from memlm.core.randomness import random_state_kept
+from memlm.data.glue import GlueTask, Samples, by_frequency, read_glue
+from memlm.evaluation.glue import score
+from memlm.models.fingerprint import model_hash
+from memlm.training.finetune_config import FinetuneConfig
+from memlm.training.loop import train
+from memlm.training.model_loss import ModelLoss
+from memlm.training.order import InTurn
+
+_RESULT, _TABLE = "result.json", "table.json"
+
+ModelMaker = Callable[[int], PreTrainedModel]
+
+
+class LabelledSamples(NamedTuple):
+    """Tokenised samples.
+
+    Attributes:
+        tokens: per sample its ids.
+        labels: ``(samples,)`` classes or numbers.
+    """
+
+    tokens: list[list[int]]
+    labels: NDArray[np.number]
+
+
+def finetune(
+    make_model: ModelMaker,
+    tokenizer: PreTrainedTokenizerBase,
+    source: str | Path | Mapping[str, Any],
+    config: FinetuneConfig,
+    out: str | Path,
+    *,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Run the grid, or what is left of it.
+
+    Args:
+        make_model: from a number of labels (1: regression) to a fresh sequence classifier with the
+            pre-trained weights; its new head comes from torch's generator, which is seeded.
+        tokenizer: of the model; joins pairs.
+        source: of the task's data, see `memlm.data.glue.read_glue`.
+        config: the grid.
+        out: folder of the runs; created.
+        quiet: no progress bar.
+
+    Returns:
+        The table: settings, all runs, medians per rate, the best rate and its medians.
+
+    Raises:
+        InputError: if data are missing or do not fit the task.
+        FingerprintError: if ``out`` holds runs of another model, data or settings.
+    """
+    out, task = Path(out), config.glue_task()
+    splits = {split: read_glue(task, source, split) for split in ("train", *task.held_out)}
+    if task.classes and config.legacy_classes:
+        ranks = by_frequency(splits["train"].labels)
+        splits = {name: one._replace(labels=ranks[one.labels]) for name, one in splits.items()}
+    data = {name: _tokenize(one, tokenizer, config.max_length) for name, one in splits.items()}
+    runs = []
+    for rate in config.learning_rates:
+        for seed in config.seeds:
+            folder = out / f"rate-{rate:g}-seed-{seed}"
+            if not (folder / _RESULT).exists():
+                metrics = _run(
+                    make_model, tokenizer, data, config, rate, seed, folder, quiet=quiet
+                )
+                write_json(folder / _RESULT, {"rate": rate, "seed": seed, "metrics": metrics})
+                if not config.keep_models:
+                    (folder / "model.safetensors").unlink(missing_ok=True)
+            runs.append(read_json(folder / _RESULT))
+    table = _table(task, config, runs)
+    write_json(out / _TABLE, table)
+    return table
+
+
+def describe_table(table: Mapping[str, Any]) -> str:
+    """The table as lines to print, with its protocol."""
+    names = list(next(iter(table["medians"].values())))
+    width = max(len(name) for name in names)
+    heading = "  ".join(f"{name:>{width}}" for name in names)
+    lines = [f"{table['task']}: {table['protocol']}", f"{'rate':>8}  {heading}"]
+    for rate, medians in table["medians"].items():
+        mark = " *" if float(rate) == table["best_rate"] else ""
+        values = "  ".join(f"{100 * medians[name]:>{width}.2f}" for name in names)
+        lines.append(f"{rate:>8}  {values}{mark}")
+    return "\n".join(lines)
+
+
+class _Shuffled(Dataset):
+    """Samples in an order of each epoch; example i belongs to epoch i // samples."""
+
+    def __init__(self, data: LabelledSamples, seed: int):
+        self.data, self.seed = data, seed
+        self._order: tuple[int, NDArray[np.int64]] | None = None
+
+    def __getitem__(self, item: int) -> tuple[list[int], Any]:
+        epoch, place = divmod(item, len(self.data.tokens))
+        if self._order is None or self._order[0] != epoch:
+            draw = np.random.default_rng([self.seed, epoch])
+            self._order = epoch, draw.permutation(len(self.data.tokens))
+        number = int(self._order[1][place])
+        return self.data.tokens[number], self.data.labels[number]
+
+
+def _run(
+    make_model: ModelMaker,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Mapping[str, LabelledSamples],
+    config: FinetuneConfig,
+    rate: float,
+    seed: int,
+    folder: Path,
+    *,
+    quiet: bool,
+) -> dict[str, dict[str, float]]:
+    task = config.glue_task()
+    with random_state_kept():
+        torch.manual_seed(seed)
+        model = make_model(task.num_labels)
+    pad = tokenizer.pad_token_id
+    check(pad is not None, "the tokenizer must have a padding token")
+
+    def collate(rows: list[tuple[list[int], Any]]) -> dict[str, Tensor]:
+        return _batch([row for row, _ in rows], np.array([label for _, label in rows]), int(pad))  # type: ignore[arg-type]
+
+    trained = train(
+        ModelLoss(model),
+        _Shuffled(data["train"], seed),
+        InTurn(config.batch_size),
+        config.run(len(data["train"].tokens), rate, seed),
+        folder,
+        collate=collate,
+        identity={"model": model_hash(model), "data": _hash(data["train"]), "task": task.name},
+        resume=folder.exists(),
+        quiet=quiet,
+    )
+    legacy = config.batch_size if config.legacy_batch_mean else None
+    found = {}
+    for split in task.held_out:
+        predicted = predict(trained, data[split], batch_size=config.batch_size, pad=int(pad))  # type: ignore[arg-type]
+        labels = data[split].labels
+        found[split] = score(task.metrics, predicted, labels, legacy_batches=legacy)
+    return found
+
+
+@torch.no_grad()
+def predict(
+    model: PreTrainedModel, data: LabelledSamples, *, batch_size: int, pad: int
+) -> NDArray[np.number]:
+    """Classes, or numbers of a regression, for every sample in order."""
+    found = []
+    model.eval()
+    for begin in range(0, len(data.tokens), batch_size):
+        part = slice(begin, begin + batch_size)
+        batch = _batch(data.tokens[part], data.labels[part], pad)
+        batch.pop("labels")
+        logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits
+        found.append((logits[:, 0] if logits.shape[1] == 1 else logits.argmax(-1)).float().cpu())
+    predicted = torch.cat(found).numpy()
+    return predicted if np.issubdtype(data.labels.dtype, np.floating) else predicted.astype(int)
+
+
+def _tokenize(
+    samples: Samples, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> LabelledSamples:
+    texts = list(zip(*samples.texts, strict=True))
+    encoded = tokenizer(*map(list, texts), truncation=True, max_length=max_length)
+    return LabelledSamples(encoded["input_ids"], samples.labels)  # type: ignore[arg-type]
+
+
+def _batch(rows: list[list[int]], labels: NDArray[np.number], pad: int) -> dict[str, Tensor]:
+    width = max(map(len, rows))
+    tokens = torch.full((len(rows), width), pad)
+    mask = torch.zeros_like(tokens)
+    for number, row in enumerate(rows):
+        tokens[number, : len(row)] = torch.tensor(row)
+        mask[number, : len(row)] = 1
+    truth = torch.from_numpy(labels)
+    return {
+        "input_ids": tokens,
+        "attention_mask": mask,
+        "labels": truth.float() if truth.is_floating_point() else truth,
+    }
+
+
+def _hash(data: LabelledSamples) -> str:
+    digest = xxhash.xxh3_128()
+    for row in data.tokens:
+        digest.update(np.array(row, np.int64).tobytes())
+    digest.update(data.labels.tobytes())
+    return digest.hexdigest()
+
+
+def _table(
+    task: GlueTask, config: FinetuneConfig, runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    medians: dict[str, dict[str, float]] = {}
+    for rate in config.learning_rates:
+        mine = [run["metrics"] for run in runs if run["rate"] == rate]
+        medians[f"{rate:g}"] = {
+            f"{split} {name}": statistics.median(metrics[split][name] for metrics in mine)
+            for split in task.held_out
+            for name in task.metrics
+        }
+    headline = f"{task.held_out[0]} {task.metrics[0]}"
+    best = max(medians, key=lambda rate: medians[rate][headline])
+    means = "mean over batches" if config.legacy_batch_mean else "over all samples"
+    return {
+        "task": task.name,
+        "protocol": f"median of {len(config.seeds)} seeds in %, {means}; * best by {headline}",
+        "config": config.to_dict(),
+        "runs": runs,
+        "medians": medians,
+        "best_rate": float(best),
+        "best": medians[best],
+    }
