@@ -183,6 +183,25 @@ def test_train_makes_a_model_that_builds(place, capsys, tmp_path):
     assert "parameters" in run_json(capsys, *plan)
 
 
+def test_train_follows_recipe_and_changes_and_continues(place, capsys, tmp_path):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('method = "trime_ext"\nmax_steps = 3\nblock_length = 8\nbatch_tokens = 16\n')
+    train = ("train", place / "text", "--recipe", recipe, "--set", "warmup_steps=1")
+    shape = ("hidden_size=8", "layers=1", "heads=2", "intermediate_size=8")
+    new = (*train, *shape, "--out", tmp_path / "new", "--level", "word", "--seed", 2)
+    assert run_json(capsys, *new)["method"] == "trime_ext"
+    mine = json.loads((tmp_path / "new" / "training.json").read_text())["config"]
+    assert (mine["layers"], mine["seed"], mine["max_steps"]) == (1, 2, 3)
+    continued = (*train, "--model", place / "model", "--out", tmp_path / "on", "--method", "trime")
+    assert run_json(capsys, *continued, "--max-steps", 2)["method"] == "trime"
+    assert json.loads((tmp_path / "on" / "training.json").read_text())["steps"] == 2
+    assert run(*continued, "--set", "method=ce") == 2
+    assert "is set twice" in capsys.readouterr().err
+    both = (*continued, "--architecture", "config.json")
+    assert run(*both) == 2
+    assert "not both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
