@@ -45,6 +45,9 @@ trained on)."""
     """Several lengths: pieces of the text that are read."""
     scored: int = 128
     """Several lengths: tokens at the end of each piece, the same at every length."""
+    full_limit: int | None = None
+    """Several lengths: longest piece for the methods of full attention, whose time grows with its \
+square (default: all)."""
     plot: str | None = None
     """Several lengths: draw the curves into this file."""
 
@@ -70,6 +73,7 @@ trained on)."""
             methods=self.methods,
             pieces=self.pieces,
             scored=self.scored,
+            full_limit=self.full_limit,
         )
         with torch_threads(threads):
             curve = measure_lengths(model, corpus.tokens, config)

@@ -36,6 +36,7 @@ from memlm.evaluation.reader import read_whole
 from memlm.models.extend import extended
 from memlm.models.rope_scaling import SCALINGS, scaled_rope
 
+_FULL = ("vanilla", *SCALINGS)
 METHODS = ("vanilla", "truncation", "window", "streaming-llm", "lm-infinite", *SCALINGS)
 
 
@@ -50,6 +51,8 @@ class LengthConfig(Config):
         methods: some of ``METHODS``.
         pieces: how many.
         scored: tokens at the end of each piece that are the same for all lengths.
+        full_limit: longest piece for the methods of full attention, whose time grows with its
+            square; None: all.
         batch_tokens: most tokens that are read side by side.
     """
 
@@ -59,6 +62,7 @@ class LengthConfig(Config):
     methods: tuple[str, ...] = ("vanilla", "truncation", "window", "streaming-llm", "lm-infinite")
     pieces: int = 8
     scored: int = 128
+    full_limit: int | None = None
     batch_tokens: int = 32_768
 
     def __post_init__(self) -> None:
@@ -144,8 +148,8 @@ class LengthCurve:
         for length in self.config.lengths:
             table.add_column(f"{length:,}", justify="right")
         for method in self.config.methods:
-            cells = [f"{x.perplexity:,.2f}" for x in self.points if x.method == method]
-            table.add_row(method, *cells)
+            found = {x.length: f"{x.perplexity:,.2f}" for x in self.points if x.method == method}
+            table.add_row(method, *(found.get(length, "-") for length in self.config.lengths))
         return Group(table, Text(f"protocol: {self.describe()}", style="dim"))
 
 
@@ -177,12 +181,17 @@ def measure_lengths(
     )
     ends = sorted({int(end) for end in np.linspace(longest, len(stream), config.pieces)})
     points = []
-    total = len(config.methods) * sum(config.lengths) * len(ends)
+    plan = [
+        (method, length)
+        for method in config.methods
+        for length in config.lengths
+        if method not in _FULL or length <= (config.full_limit or length)
+    ]
+    total = sum(length for _, length in plan) * len(ends)
     with bar(total, label="lengths", unit="token", quiet=not progress) as shown:
-        for method in config.methods:
-            for length in config.lengths:
-                points.append(_measure(model, stream, ends, method, length, config))
-                shown.update(length * len(ends))
+        for method, length in plan:
+            points.append(_measure(model, stream, ends, method, length, config))
+            shown.update(length * len(ends))
     return LengthCurve(config, tuple(points), tuple(ends))
 
 
@@ -241,6 +250,8 @@ def plot(curves: dict[str, LengthCurve], path: str) -> None:
     for axis, (title, curve) in zip(axes, curves.items(), strict=True):
         for method in curve.config.methods:
             points = [x for x in curve.points if x.method == method]
+            if not points:
+                continue
             lengths, perplexities = zip(*((x.length, x.perplexity) for x in points), strict=True)
             axis.plot(lengths, perplexities, marker="o", label=method)
         axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel="perplexity")

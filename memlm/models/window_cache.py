@@ -1,12 +1,17 @@
-"""A cache layer of constant size: the sinks and the last `window - 1` keys, not rotated.
+"""A cache layer of constant size: the sinks, and a ring of the latest keys that nothing moves.
 
 Lambda attention never looks at anything else, so a sequence of any length needs
 
-    2 * rows * key heads * (sinks + window - 1) * dim
+    2 * rows * key heads * (sinks + window + SPARE + 1) * dim
 
-numbers per layer. Sinks have their own slots, filled as the first real tokens come, row by row
-under padding; each key travels with its position. The layer belongs to an ordinary Hugging Face
-cache, so beams reorder it and `generate` repeats and selects its rows.
+numbers per layer, allocated once. A token at position p of its row goes to slot p mod (window +
+SPARE) of the ring, whatever padding stands around it, and the first `sinks` tokens also to slots of
+their own; padding goes to one last column that nobody reads. Spare slots let ``crop`` take back
+tokens, as assisted and prompt-lookup decoding do. Keys of the ring are rotated by their slots, see
+`memlm.ops.window_step`.
+
+The layer belongs to an ordinary Hugging Face cache, so beams reorder it and `generate` repeats and
+selects its rows. `memlm.models.window_file` puts it on disk.
 
 Differs from the paper's code: that one keeps every key and rotates all of them at every step.
 """
@@ -17,70 +22,91 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from memlm.core.errors import UnsupportedModelError
-from memlm.ops.window_attention import Keys, LambdaConfig, first_keys
+from memlm.core.errors import InputError
+from memlm.ops.lambda_rule import Keys, LambdaConfig, Rotate
+from memlm.ops.window_attention import window_attention
+from memlm.ops.window_step import step_attention
+
+SPARE = 64
 
 
 class WindowLayer(CacheLayerMixin):
-    """Sinks and a rolling window of one attention layer.
+    """Sinks and ring of one attention layer.
 
     Attributes:
-        incoming: ``(rows, new)`` positions of the tokens that the next ``update`` brings.
-        seen: positions of the columns that the last ``update`` returned, sinks first.
+        config: what the layer sees.
+        slots: of the ring.
+        length: tokens seen so far, padding included.
+        positions: ``(rows, sinks + slots + 1)`` int64, the place in its row of what a column
+            holds; -1: nothing.
     """
 
     is_compileable = False
     is_sliding = False
-    is_croppable = False
+    is_croppable = True
 
     keys: Any
     values: Any
     positions: Tensor
-    incoming: Tensor
-    seen: Tensor
 
     def __init__(self, config: LambdaConfig):
         super().__init__()
         self.config = config
+        self.slots = config.window + SPARE
         self.length = 0
+        self._sinks_open = config.sinks > 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Empty slots on the device of the first keys."""
+        """Empty slots for the rows and on the device of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        none = Keys(
-            key_states[:, :, :0],
-            value_states[:, :, :0],
-            self.incoming.new_zeros(len(key_states), 0),
+        columns = self.config.sinks + self.slots + 1
+        self.keys, self.values = (
+            part.new_zeros(*part.shape[:2], columns, part.shape[3])
+            for part in (key_states.detach(), value_states.detach())
         )
-        self._keep(first_keys(none, self.config.sinks), none)
+        shape = (len(key_states), columns)
+        self.positions = torch.full(shape, -1, dtype=torch.long, device=self.device)
         self.is_initialized = True
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Take in new keys and values ``(rows, key heads, new, dim)``.
+        """Count new keys and values ``(rows, key heads, new, dim)`` and hand them on.
 
-        Returns:
-            Keys and values of ``sinks`` slots, the window so far, and the new tokens.
+        ``attend`` takes them in: only the attention knows how they are rotated.
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        sinks, window = self.split(self.keys, self.values, self.positions)
-        new = Keys(key_states, value_states, self.incoming)
-        window = _join(window, new)
-        if self.config.sinks:
-            sinks = _fill(sinks, first_keys(window, self.config.sinks))
-        everything = _join(sinks, window)
-        self.seen = everything.positions
         self.length += key_states.shape[2]
-        self._keep(sinks, _last(window, self.config.window - 1))
-        return everything.key, everything.value
+        return key_states, value_states
 
-    def split(self, key: Tensor, value: Tensor, positions: Tensor) -> tuple[Keys, Keys]:
-        """The slots of the sinks, and the other columns."""
-        joined = Keys(key, value, positions)
-        sinks = self.config.sinks
-        return joined.narrow(0, sinks), joined.narrow(sinks, positions.shape[1])
+    def attend(self, query: Tensor, new: Keys, **how: Any) -> Tensor:
+        """Attention of the new tokens over themselves and what is held; then they are held too.
+
+        Args:
+            query: ``(rows, heads, new, dim)``, not rotated.
+            new: keys and values of the same tokens, not rotated.
+            how: rotation, slopes, scale and soft-cap, as in ``window_attention``.
+
+        Returns:
+            ``(rows, heads, new, value dim)``.
+        """
+        self._make_writable()
+        rotate: Rotate | None = how.get("rotate")
+        if self._sinks_open:
+            self._write(new, self._sink_columns(new.positions))
+            self._sinks_open = bool((self.positions[:, : self.config.sinks] < 0).any())
+        if query.shape[2] == 1:
+            self._hold(new, rotate)
+            width = self.config.sinks + min(self.length, self.slots)
+            held = self._columns(0, width)
+            return step_attention(query, new.positions, held, self.slots, self.config, **how)
+        before = self.length - query.shape[2]
+        sinks = self._columns(0, self.config.sinks)
+        keys = _join(self._window(min(before, self.slots), rotate), new) if before else new
+        output = window_attention(query, new.positions, keys, sinks, self.config, **how)
+        self._hold(new, rotate)
+        return output
 
     def get_seq_length(self) -> int:
         """Tokens seen so far, padding included."""
@@ -99,17 +125,33 @@ class WindowLayer(CacheLayerMixin):
         self.keys = self.values = None
         self.is_initialized = False
         self.length = 0
+        self._sinks_open = self.config.sinks > 0
 
-    def crop(self, *_: Any) -> None:
-        """Refused: what the window has dropped cannot come back.
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last ``-tokens_to_remove`` tokens, which are no padding in any row.
 
         Raises:
-            UnsupportedModelError: always.
+            InputError: for a positive number, or more tokens than the spare slots still allow.
         """
-        raise UnsupportedModelError(
-            "a rolling window cannot take back tokens, which assisted and prompt-lookup decoding "
-            "do; decode without an assistant, or call restore_context(model) first"
-        )
+        count = -tokens_to_remove
+        if count < 0:
+            raise InputError(
+                "crop must be given minus the number of tokens to take back, got "
+                f"{tokens_to_remove}; pass a negative number"
+            )
+        if count == 0 or not self.is_initialized:
+            return
+        if count > self.length or (self.length > self.slots and count > SPARE + 1):
+            raise InputError(
+                f"a rolling window of {self.config.window} can take back up to "
+                f"{min(self.length, SPARE + 1)} tokens, got {count}; have an assistant propose "
+                "fewer tokens at once"
+            )
+        self._make_writable()
+        last = self.positions.amax(1, keepdim=True)
+        self.positions.masked_fill_(self.positions > last - count, -1)
+        self.length -= count
+        self._sinks_open = self.config.sinks > 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` continues what row ``beam_idx[i]`` was."""
@@ -131,8 +173,57 @@ class WindowLayer(CacheLayerMixin):
                 part.repeat_interleave(repeats, dim=0) for part in kept
             )
 
-    def _keep(self, sinks: Keys, window: Keys) -> None:
-        self.keys, self.values, self.positions = _join(sinks, window)
+    def _columns(self, begin: int, end: int) -> Keys:
+        return Keys(self.keys, self.values, self.positions).narrow(begin, end)
+
+    def _window(self, width: int, rotate: Rotate | None) -> Keys:
+        """The first ``width`` slots of the ring, unrotated, in the order of positions."""
+        ring = self._columns(self.config.sinks, self.config.sinks + width)
+        if rotate is not None:
+            slots = torch.arange(width, device=self.positions.device).expand(len(ring.key), -1)
+            # the rotation may scale too (YaRN), once on the way in and once on the way back
+            twice = torch.ones_like(ring.key[:1, :1, :1])
+            for _ in range(2):
+                twice = rotate(twice, slots[:1, :1] * 0)
+            ring = ring._replace(key=rotate(ring.key, -slots) / twice)
+        return ring.select(ring.positions.argsort(dim=1))
+
+    def _hold(self, new: Keys, rotate: Rotate | None) -> None:
+        """Write the latest tokens into their slots; others go to the last column."""
+        slots = new.positions.clamp(min=0) % self.slots
+        # a slot may come twice in a long piece: only its latest token counts
+        latest = new.positions > new.positions.amax(1, keepdim=True) - self.slots
+        columns = torch.where(latest & (new.positions >= 0), self.config.sinks + slots, -1)
+        if rotate is not None:
+            new = new._replace(key=rotate(new.key, slots))
+        self._write(new, columns)
+
+    def _sink_columns(self, positions: Tensor) -> Tensor:
+        return torch.where(positions < self.config.sinks, positions, -1)
+
+    def _write(self, new: Keys, columns: Tensor) -> None:
+        """Put tokens into ``columns`` ``(rows, new)``; -1: into the one that nobody reads."""
+        unread = self.config.sinks + self.slots
+        columns = torch.where(columns < 0, unread, columns)
+        index = columns[:, None, :, None]
+        self.keys, self.values = (
+            _scattered(held, index.expand(-1, part.shape[1], -1, part.shape[3]), part)
+            for held, part in ((self.keys, new.key), (self.values, new.value))
+        )
+        self.positions.scatter_(1, columns, new.positions.masked_fill(columns == unread, -1))
+
+    def _make_writable(self) -> None:
+        """What was made in inference mode cannot be written outside of it."""
+        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
+            self.keys, self.values, self.positions = (
+                part.clone() for part in (self.keys, self.values, self.positions)
+            )
+
+
+def _scattered(held: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    if torch.is_grad_enabled() and (held.requires_grad or part.requires_grad):
+        return held.scatter(2, index, part)
+    return held.scatter_(2, index, part.to(held.dtype))
 
 
 def _join(left: Keys, right: Keys) -> Keys:
@@ -141,26 +232,3 @@ def _join(left: Keys, right: Keys) -> Keys:
         torch.cat([left.value, right.value], dim=2),
         torch.cat([left.positions, right.positions], dim=1),
     )
-
-
-def _fill(slots: Keys, found: Keys) -> Keys:
-    """Slots that are still empty take what was found for them."""
-    empty = slots.positions < 0
-    wide = empty[:, None, :, None]
-    return Keys(
-        torch.where(wide, found.key, slots.key),
-        torch.where(wide, found.value, slots.value),
-        torch.where(empty, found.positions, slots.positions),
-    )
-
-
-def _last(keys: Keys, count: int) -> Keys:
-    """The last ``count`` real keys of every row, in order."""
-    columns = keys.positions.shape[1]
-    if columns <= count:
-        return keys
-    last = keys.narrow(columns - count, columns)
-    if bool((last.positions >= 0).all()):
-        return last
-    # padding on the right, or between turns: real keys may lie further back
-    return keys.select(keys.positions.topk(count, dim=1).indices.sort(dim=1).values)
