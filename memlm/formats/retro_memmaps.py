@@ -7,8 +7,8 @@
     *.chunks.dat.embedded     (chunks, dim)   float32
     processed-stats.json      {"chunks": ..., "docs": ..., "seqs": ...}
 
-Arrays have more rows than are used, all zero. Neither m nor k is written anywhere: they are given,
-or inferred from the file sizes where those allow one reading.
+Arrays have more rows than are used, all zero. Neither m nor k is written anywhere, but chunks and
+document numbers have as many rows as each other, which gives m, and the counts give k.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ class RetroFiles(NamedTuple):
 def read_retro_files(
     directory: str | Path,
     *,
-    chunk_size: int,
+    chunk_size: int | None = None,
     k: int | None = None,
     stem: str = "train",
     statistics: str = "processed-stats.json",
@@ -51,7 +51,7 @@ def read_retro_files(
 
     Args:
         directory: with the files.
-        chunk_size: m, which the files do not say.
+        chunk_size: m; None: inferred from the sizes of the files.
         k: neighbours per chunk; None: inferred from the size of the file.
         stem: what the names of the files begin with.
         statistics: name of the file of counts.
@@ -72,10 +72,23 @@ def read_retro_files(
     chunks = directory / f"{stem}.chunks.dat"
     neighbours = directory / f"{stem}.chunks.knn.dat"
     embedded = directory / f"{stem}.chunks.dat.embedded"
+    numbers = directory / f"{stem}.doc_ids.dat"
+    columns = _size(chunks) // max(1, _size(numbers))
+    check(
+        columns >= 2 and columns * _size(numbers) == _size(chunks),
+        f"{chunks} must have rows of equal length for each of the {_size(numbers) // 4:,} document "
+        f"numbers in {numbers.name}, but has {_size(chunks) // 4:,} numbers; are they of one "
+        "training set, made by retro-pytorch 0.1.6 or later?",
+    )
+    check(
+        chunk_size in (None, columns - 1),
+        f"chunk_size must be {columns - 1}, as the sizes of {chunks.name} and {numbers.name} say, "
+        f"got {chunk_size}",
+    )
     return RetroFiles(
-        chunks=_read(chunks, "<i4", count, chunk_size + 1),
+        chunks=_read(chunks, "<i4", count, columns),
         sequences=_read(directory / f"{stem}.seq.dat", "<i4", counts["seqs"], 1)[:, 0],
-        documents=_read(directory / f"{stem}.doc_ids.dat", "<i4", count, 1)[:, 0],
+        documents=_read(numbers, "<i4", count, 1)[:, 0],
         neighbours=_read(neighbours, "<i4", count, k or _columns(neighbours, count))
         if neighbours.exists()
         else None,
@@ -99,13 +112,17 @@ def _columns(path: Path, count: int) -> int:
     return likely[0]
 
 
-def _read(path: Path, dtype: str, rows: int, columns: int) -> NDArray:
+def _size(path: Path) -> int:
     check(path.is_file(), f"{path} must exist but does not; are directory and stem right?")
+    return path.stat().st_size
+
+
+def _read(path: Path, dtype: str, rows: int, columns: int) -> NDArray:
     kind = np.dtype(dtype)
-    there = path.stat().st_size // kind.itemsize
+    there = _size(path) // kind.itemsize
     check(
-        path.stat().st_size % (kind.itemsize * columns) == 0 and there >= rows * columns,
-        f"{path} must hold at least {rows:,} rows of {columns} numbers, but its "
-        f"{path.stat().st_size:,} bytes are not that; is chunk_size or k another?",
+        there % columns == 0 and there >= rows * columns,
+        f"{path} must hold at least {rows:,} rows of {columns} numbers, but its {there:,} numbers "
+        "are not that; is k another?",
     )
     return np.memmap(path, kind, "r", shape=(rows, columns))

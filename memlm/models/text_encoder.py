@@ -173,9 +173,7 @@ class SentenceEncoder:
     def __init__(
         self, name: str, source_tokenizer: PreTrainedTokenizerBase, *, device: str | None = None
     ):
-        package = require(
-            "sentence_transformers", extra="dense", purpose=f"embed text with {name}"
-        )
+        package = require("sentence_transformers", extra="dense", purpose=f"embed text with {name}")
         self.model = package.SentenceTransformer(name, device=device)
         self.name, self.source_tokenizer = name, source_tokenizer
 
@@ -197,9 +195,13 @@ class SentenceEncoder:
     def encode(self, chunks: Chunks) -> Tensor:
         """Embed chunks as one batch, ``(chunks, dim)`` float32 on the CPU."""
         texts = decode(self.source_tokenizer, chunks)
-        return self.model.encode(
-            texts, convert_to_tensor=True, show_progress_bar=False, batch_size=len(texts)
-        ).float().cpu()
+        return (
+            self.model.encode(
+                texts, convert_to_tensor=True, show_progress_bar=False, batch_size=len(texts)
+            )
+            .float()
+            .cpu()
+        )
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, chunks: Chunks) -> list[str]:

@@ -22,7 +22,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+import xxhash
 from safetensors.torch import save
 from transformers import PreTrainedTokenizerBase
 
@@ -205,13 +207,70 @@ def delete_documents(database: str | Path, names: Iterable[str]) -> ChunkDatabas
             "names-*.json"
         )
     numbers = [
-        number
-        for number, name in enumerate(there.names)
-        if name in wanted or there.deleted[number]
+        number for number, name in enumerate(there.names) if name in wanted or there.deleted[number]
     ]
     with locked(there.path):
         write_json(there.path / DELETED, {"documents": numbers})
     return ChunkDatabase.open(there.path)
+
+
+def chunk_corpus(
+    corpus: TokenCorpus,
+    tokenizer: PreTrainedTokenizerBase,
+    path: str | Path,
+    *,
+    chunk_size: int = 64,
+) -> ChunkDatabase:
+    """A chunk database of tokens that are already there, in a new directory.
+
+    Args:
+        corpus: the tokens; what stands around documents is taken as it is.
+        tokenizer: that made them.
+        path: a new or empty directory.
+        chunk_size: tokens per chunk.
+
+    Raises:
+        StoreError: if the directory is not empty or cannot be written.
+    """
+    path = Path(path)
+    config = ChunkConfig(chunk_size=chunk_size)
+    check(
+        not path.exists() or not any(path.iterdir()),
+        f"{path} must be a new or empty directory, but it is not; choose another",
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    digests = [
+        xxhash.xxh3_128_hexdigest(name.encode() + corpus.tokens[start:end].tobytes())
+        for name, start, end in zip(
+            corpus.names, corpus.offsets[:-1], corpus.offsets[1:], strict=True
+        )
+    ]
+    segment = write_segment(path, 0, corpus, digests, chunk_size)
+    manifest = _manifest(tokenizer, config)
+    write_json(path / MANIFEST, {**manifest, "complete": True, "segments": [segment._asdict()]})
+    return ChunkDatabase.open(path)
+
+
+def write_segment(
+    path: Path, number: int, corpus: TokenCorpus, digests: list[str], chunk_size: int
+) -> Segment:
+    """Write the files of one segment; it counts once a journal or a manifest names it."""
+    lengths = corpus.offsets[1:] - corpus.offsets[:-1]
+    sizes = np.full_like(lengths, -1) if corpus.text_bytes is None else corpus.text_bytes
+    segment = Segment(
+        number=number,
+        documents=corpus.documents,
+        tokens=len(corpus),
+        chunks=int((-(-lengths // chunk_size)).sum()),
+        checksums={},
+    )
+    columns = {"tokens": corpus.tokens, "lengths": lengths, "text_bytes": sizes}
+    data = save({name: torch.from_numpy(column) for name, column in columns.items()})
+    write_atomic(path / segment.token_file, lambda file: file.write(data))
+    write_json(path / segment.name_file, {"names": list(corpus.names), "texts": digests})
+    for name in (segment.token_file, segment.name_file):
+        segment.checksums[name] = checksum(path / name)
+    return segment
 
 
 class _Writer:
@@ -232,15 +291,7 @@ class _Writer:
         self.path, self.tokenizer, self.config = path, tokenizer, config
         self.segment_characters, self.quiet = segment_characters, quiet
         self.journal = Journal(path / JOURNAL)
-        self.manifest: dict[str, Any] = {
-            "kind": KIND,
-            "format_version": FORMAT_VERSION,
-            "complete": False,
-            "config": config.to_dict(),
-            "tokenizer_hash": tokenizer_hash(tokenizer),
-            "tokenizer": tokenizer.name_or_path,
-            "segments": [],
-        }
+        self.manifest = _manifest(tokenizer, config)
 
     @property
     def complete(self) -> bool:
@@ -323,42 +374,17 @@ class _Writer:
         self.journal.path.unlink(missing_ok=True)
 
     def _write_segment(self, documents: list[Document]) -> None:
-        number = len(self.manifest["segments"]) + len(self._journal_segments())
         corpus = _tokenize(documents, self.tokenizer, self.config, quiet=self.quiet)
-        lengths = corpus.offsets[1:] - corpus.offsets[:-1]
-        segment = Segment(
-            number=number,
-            documents=corpus.documents,
-            tokens=len(corpus),
-            chunks=int((-(-lengths // self.config.chunk_size)).sum()),
-            checksums={},
-        )
-        sizes = corpus.text_bytes
-        tensors = {
-            "tokens": torch.from_numpy(corpus.tokens),
-            "lengths": torch.from_numpy(lengths),
-            "text_bytes": torch.full_like(torch.from_numpy(lengths), -1)
-            if sizes is None
-            else torch.from_numpy(sizes),
-        }
-        data = save(tensors)
-        write_atomic(self.path / segment.token_file, lambda file: file.write(data))
-        names = {
-            "names": list(corpus.names),
-            "texts": [_digest(document) for document in documents],
-        }
-        write_json(self.path / segment.name_file, names)
-        for name in (segment.token_file, segment.name_file):
-            segment.checksums[name] = checksum(self.path / name)
+        number = len(self.manifest["segments"]) + len(self._journal_segments())
+        digests = [_digest(document) for document in documents]
+        segment = write_segment(self.path, number, corpus, digests, self.config.chunk_size)
         self.journal.append(segment._asdict())
 
     def _journal_segments(self) -> list[Segment]:
         """Finished segments behind those of the manifest."""
         first = len(self.manifest["segments"])
         # A kill between manifest and removal of the journal leaves lines that are already in it.
-        return [
-            Segment(**record) for record in self.journal.read() if record["number"] >= first
-        ]
+        return [Segment(**record) for record in self.journal.read() if record["number"] >= first]
 
     def _same_settings(self, there: dict[str, Any]) -> None:
         differences = [
@@ -377,6 +403,19 @@ class _Writer:
                 f"{'; '.join(differences)}; repeat those, choose another directory, or build "
                 "again with rebuild (--rebuild)"
             )
+
+
+def _manifest(tokenizer: PreTrainedTokenizerBase, config: ChunkConfig) -> dict[str, Any]:
+    """Of a database with nothing in it yet."""
+    return {
+        "kind": KIND,
+        "format_version": FORMAT_VERSION,
+        "complete": False,
+        "config": config.to_dict(),
+        "tokenizer_hash": tokenizer_hash(tokenizer),
+        "tokenizer": tokenizer.name_or_path,
+        "segments": [],
+    }
 
 
 def _new(documents: Iterable[Document], known: dict[str, str]) -> Iterator[Document]:
@@ -399,9 +438,7 @@ def _tokenize(
     *,
     quiet: bool,
 ) -> TokenCorpus:
-    return tokenize(
-        documents, tokenizer, begin=config.begin, end=config.end, progress=not quiet
-    )
+    return tokenize(documents, tokenizer, begin=config.begin, end=config.end, progress=not quiet)
 
 
 def _digest(document: Document) -> str:

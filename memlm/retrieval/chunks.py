@@ -58,9 +58,7 @@ class ChunkConfig(Config):
     end: bool = True
 
     def __post_init__(self):
-        check(
-            self.chunk_size >= 1, f"chunk_size must be at least 1 token, got {self.chunk_size}"
-        )
+        check(self.chunk_size >= 1, f"chunk_size must be at least 1 token, got {self.chunk_size}")
 
 
 class Segment(NamedTuple):
@@ -244,9 +242,7 @@ class ChunkDatabase:
         length = 2 * self.chunk_size if length is None else length
         flat = numbers.reshape(-1)
         documents = self.document_of(np.maximum(flat, 0))
-        starts = (
-            self.offsets[documents] + (flat - self.chunk_offsets[documents]) * self.chunk_size
-        )
+        starts = self.offsets[documents] + (flat - self.chunk_offsets[documents]) * self.chunk_size
         counts = np.where(flat < 0, 0, np.minimum(length, self.offsets[documents + 1] - starts))
         tokens = np.zeros((len(flat), length), np.int64)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):

@@ -23,10 +23,9 @@ from torch.utils.data import Dataset
 
 from memlm.core.config import check
 from memlm.core.errors import FingerprintError
+from memlm.data.batches import IGNORED
 from memlm.retrieval.chunks import ChunkDatabase
 from memlm.retrieval.neighbours import NeighbourTable
-
-IGNORED = -100
 
 
 class RetroDataset(Dataset):

@@ -12,6 +12,7 @@ deleted needs nothing: a search leaves it out.
 `Embeddings` is a source of keys for every index of `memlm.index`.
 """
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self
@@ -161,6 +162,40 @@ class Embeddings:
                 ) from error
             self._mapped[number] = mapped
         return mapped
+
+
+class EmbeddingPlan(NamedTuple):
+    """What embedding a database would cost.
+
+    Attributes:
+        chunks: how many there are.
+        bytes: on disk.
+        seconds: about, from the time of one batch.
+        text: the plan in one line.
+    """
+
+    chunks: int
+    bytes: int
+    seconds: float
+    text: str
+
+
+def plan_embeddings(
+    database: ChunkDatabase, encoder: ChunkEncoder, *, batch_size: int = 64
+) -> EmbeddingPlan:
+    """Embed one batch and say what all would take."""
+    size = 4 * len(database) * encoder.dim
+    numbers = np.unique(np.linspace(0, len(database) - 1, batch_size).astype(np.int64))
+    chunks = [database.chunk(int(number)) for number in numbers]
+    encoder.encode(chunks[:1])  # the first call is slow
+    begun = time.perf_counter()
+    encoder.encode(chunks)
+    seconds = (time.perf_counter() - begun) * len(database) / len(chunks)
+    text = (
+        f"{len(database):,} chunks, {encoder.dim} dimensions: {size / 1e6:,.1f} MB, about "
+        f"{seconds:,.0f} s from nothing"
+    )
+    return EmbeddingPlan(len(database), size, seconds, text)
 
 
 def embed_chunks(

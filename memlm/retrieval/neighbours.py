@@ -13,9 +13,10 @@ their continuation, hold more than a given share of the chunk's own sequences of
 Whatever changed (text, database, retriever, k), the table is not used any more and says so.
 """
 
+import time
 import warnings
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -23,7 +24,13 @@ from numpy.typing import ArrayLike, NDArray
 
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, FingerprintError, StoreError
-from memlm.core.files import read_json, sync_directory, write_json
+from memlm.core.files import (
+    fingerprint,
+    read_json,
+    sync_directory,
+    write_atomic,
+    write_json,
+)
 from memlm.core.journal import Journal
 from memlm.core.progress import bar
 from memlm.core.types import SearchResult
@@ -35,6 +42,7 @@ RECORD = "table.json"
 DIRECTORY = "neighbours"
 NGRAM = 8
 _RANGE = 1024  # chunks; what a kill can lose
+_SAMPLE = 32  # chunks looked up for a plan
 
 
 class NeighbourTable:
@@ -161,17 +169,9 @@ def build_neighbours(
     )
     path = text.path / DIRECTORY if path is None else Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    record = {
-        "kind": "neighbours",
-        "format_version": 1,
-        "complete": False,
-        "k": k,
-        "near_duplicates": near_duplicates,
-        "text": text.fingerprint,
-        "database": database.fingerprint,
-        "retriever": retriever.describe(),
-        "retriever_fingerprint": retriever.fingerprint,
-    }
+    record = _record(
+        text, database, k, near_duplicates, retriever.describe(), retriever.fingerprint
+    )
     with locked(path):
         if rebuild:
             (path / RECORD).unlink(missing_ok=True)
@@ -191,6 +191,74 @@ def build_neighbours(
     return table
 
 
+class NeighbourPlan(NamedTuple):
+    """What a table would cost.
+
+    Attributes:
+        chunks: to look up.
+        bytes: on disk.
+        seconds: about, from the time of a few searches.
+        text: the plan in one line.
+    """
+
+    chunks: int
+    bytes: int
+    seconds: float
+    text: str
+
+
+def plan_neighbours(text: ChunkDatabase, retriever: Retriever, *, k: int = 2) -> NeighbourPlan:
+    """Look up a few chunks and say what all would take."""
+    size = 12 * len(text) * k
+    numbers = np.unique(np.linspace(0, len(text) - 1, _SAMPLE).astype(np.int64))
+    chunks = [text.chunk(int(number)) for number in numbers]
+    begun = time.perf_counter()
+    retriever.search(chunks, k)
+    seconds = (time.perf_counter() - begun) * len(text) / len(chunks)
+    line = f"{len(text):,} chunks with {k} neighbours: {size / 1e6:,.1f} MB, about {seconds:,.0f} s"
+    return NeighbourPlan(len(text), size, seconds, line)
+
+
+def save_neighbours(
+    text: ChunkDatabase,
+    database: ChunkDatabase,
+    ids: NDArray[np.integer],
+    path: str | Path | None = None,
+    *,
+    source: str,
+) -> NeighbourTable:
+    """Keep a table that was made elsewhere; its scores are unknown (0, and -inf for none).
+
+    Args:
+        text: whose chunks were looked up.
+        database: in which.
+        ids: ``(chunks, k)``, -1 for none.
+        path: a directory; None: ``neighbours`` in that of the text.
+        source: where it is from, for `NeighbourTable.describe`.
+
+    Raises:
+        InputError: if the numbers are not chunks of the database, one row per chunk of the text.
+    """
+    check(
+        ids.ndim == 2 and len(ids) == len(text) and ids.shape[1] >= 1,
+        f"neighbours must be ({len(text)} chunks, k), got {ids.shape}",
+    )
+    check(
+        int(ids.min(initial=-1)) >= -1 and int(ids.max(initial=-1)) < len(database),
+        f"neighbours must be chunks below {len(database)}, or -1 for none, got {int(ids.min())} "
+        f"to {int(ids.max())}",
+    )
+    path = text.path / DIRECTORY if path is None else Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    scores = np.where(ids < 0, -np.inf, 0).astype(np.float32)
+    for name, array in (("ids", ids.astype(np.int64)), ("scores", scores)):
+        write_atomic(path / f"{name}.npy", lambda file, array=array: np.save(file, array))
+    described = {"retriever": source}
+    record = _record(text, database, ids.shape[1], None, described, fingerprint(source))
+    write_json(path / RECORD, {**record, "complete": True})
+    return NeighbourTable.open(path, text, database)
+
+
 def near_duplicate_share(query: NDArray[np.integer], candidate: NDArray[np.integer]) -> float:
     """The share of a chunk's sequences of 8 tokens that a neighbour also holds, from 0 to 1.
 
@@ -203,6 +271,27 @@ def near_duplicate_share(query: NDArray[np.integer], candidate: NDArray[np.integ
         return 0.0
     own = {row.tobytes() for row in _windows(query, size)}
     return len(own & {row.tobytes() for row in _windows(candidate, size)}) / len(own)
+
+
+def _record(
+    text: ChunkDatabase,
+    database: ChunkDatabase,
+    k: int,
+    near_duplicates: float | None,
+    retriever: dict[str, Any],
+    retriever_fingerprint: str,
+) -> dict[str, Any]:
+    return {
+        "kind": "neighbours",
+        "format_version": 1,
+        "complete": False,
+        "k": k,
+        "near_duplicates": near_duplicates,
+        "text": text.fingerprint,
+        "database": database.fingerprint,
+        "retriever": retriever,
+        "retriever_fingerprint": retriever_fingerprint,
+    }
 
 
 def _same(path: Path, record: dict[str, Any]) -> bool:

@@ -10,8 +10,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
+from memlm.core.errors import InputError
 from memlm.data.documents import read_documents
 from memlm.formats.retro_memmaps import read_retro_files
+from memlm.importers.retro_data import import_retro_data
 from memlm.index.exact import ExactIndex
 from memlm.index.exclude import Exclusion, search_without
 from memlm.models.text_encoder import HuggingFaceEncoder, masked_mean
@@ -127,7 +129,9 @@ def test_embeddings_of_bert(golden_retro_unit_bert_embed):
     mean = masked_mean(data["last_hidden_state"], mask, skip_first=True)
     torch.testing.assert_close(mean, data["masked_mean"], atol=1e-5, rtol=1e-5)
     chunks = [row[row != 0][1:].numpy() for row in ids]
-    whole = [number for number, row in enumerate(ids) if (row != 0).sum() == row.nonzero().max() + 1]
+    whole = [
+        number for number, row in enumerate(ids) if (row != 0).sum() == row.nonzero().max() + 1
+    ]
     for pooling, name in (("mean", "masked_mean"), ("cls", "cls")):
         encoder = HuggingFaceEncoder(bert(case), prefix=(101,), skip_first=True, pooling=pooling)
         mine = encoder.encode([chunks[number] for number in whole])
@@ -197,6 +201,28 @@ def same_or_tied(mine, expected, keys, rows=None):
 def test_files_of_the_original(golden_retro_e2e_training_wrapper):
     case = golden_retro_e2e_training_wrapper
     wanted, expected = parameters(case), np.load(case / "expected.npz")
-    files = read_retro_files(case, chunk_size=wanted["chunk_size"])
+    files = read_retro_files(case)
+    assert files.chunks.shape[1] == wanted["chunk_size"] + 1
     for mine, name in zip(files, ("chunks", "seqs", "doc_ids", "knn", "embeddings"), strict=True):
         np.testing.assert_allclose(mine, expected[name], atol=1e-4)
+
+
+def test_importing_the_original(pipeline, tmp_path):
+    case, wanted, database = pipeline
+    tokenizer = bert_tokenizer(case)
+    mine, table = import_retro_data(case, tmp_path / "imported", tokenizer)
+    assert table is not None
+    np.testing.assert_array_equal(mine.offsets, database.offsets)
+    for number in range(mine.documents):
+        np.testing.assert_array_equal(mine.document(number), database.document(number))
+    expected = np.load(case / "expected.npz")
+    np.testing.assert_array_equal(table.ids, expected["knn"])
+    again = chunk_table(mine, wanted["seq_len"])
+    items = OriginalDataset(again, table.ids, wanted["seq_len"])
+    for number in range(len(items)):
+        np.testing.assert_array_equal(items[number][0], expected["item_seq"][number])
+        np.testing.assert_array_equal(items[number][1], expected["item_retrieved"][number])
+    with pytest.raises(InputError, match=r"chunk_size must be \d+, as the sizes"):
+        read_retro_files(case, chunk_size=wanted["chunk_size"] + 3)
+    with pytest.raises(InputError, match="new or empty directory"):
+        import_retro_data(case, mine.path, tokenizer)
