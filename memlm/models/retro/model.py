@@ -1,0 +1,326 @@
+"""RETRO's body: tokens and the neighbours of their chunks to hidden states.
+
+    x = embedding (+ positions)
+    for each layer:
+        x = self-attention                                 (Borgeaud et al. 2022, algorithm 1)
+        before the first cross-attention, once:
+            neighbours = encoder(neighbours, states of their chunks)
+        x = cross-attention to the neighbours, in some layers
+        x = feed-forward
+
+Position t depends on tokens up to t and on neighbours of chunks that ended at or before t,
+whatever the length; a row may hold any number of documents, each with chunks of its own
+(`memlm.models.retro. grid`). Without neighbours the model is an ordinary language model. With a
+cache, a step reads only its own tokens (`memlm.models.retro.cache`) and gives what the whole text
+would.
+
+Differs from the published package: a loss in any mode and without retrieval, lengths below a chunk,
+one neighbour without its own dimension, attention masks, packing; with norms behind the sub-layers,
+cross-attention's norm is applied also where nothing is retrieved, as it is in training.
+"""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import can_return_tuple
+
+from memlm.core.config import check
+from memlm.models.retro.cache import RetroCache
+from memlm.models.retro.config import RetroConfig
+from memlm.models.retro.decoder import CrossAttention, DecoderLayer, Sight
+from memlm.models.retro.encoder import Encoded, RetroEncoder
+from memlm.models.retro.grid import ChunkGrid, chunk_grid
+from memlm.models.retro.layers import BodyLinear, RetroNorm, additive, make_norm, rotation
+
+
+class RetroPreTrainedModel(PreTrainedModel):
+    """What all RETRO models share: loading, saving and initialisation."""
+
+    config: RetroConfig
+    config_class = RetroConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _no_split_modules = ["DecoderLayer", "EncoderLayer"]  # noqa: RUF012
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        config = self.config
+        as_torch = config.initializer == "torch"
+        std = 1.0 if as_torch else config.initializer_range
+        if config.deepnet and isinstance(module, BodyLinear):
+            init.xavier_normal_(module.weight, gain=module.gain)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif as_torch and isinstance(module, nn.Linear):
+            init.kaiming_uniform_(module.weight, a=5**0.5)
+            if module.bias is not None:
+                bound = module.in_features**-0.5
+                init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=std)
+        elif isinstance(module, CrossAttention):
+            init.normal_(module.null_key, std=std)
+            init.normal_(module.null_value, std=std)
+        elif isinstance(module, RetroNorm):
+            init.ones_(module.weight)
+            if module.gate is not None:
+                init.ones_(module.gate)
+        else:
+            super()._init_weights(module)
+
+
+class RetroModel(RetroPreTrainedModel):
+    """Decoder and encoder of a RETRO model."""
+
+    def __init__(self, config: RetroConfig):
+        super().__init__(config)
+        narrow, width = config.encoder_hidden_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.table_size)
+        if not config.shared_embeddings:
+            self.embed_neighbours = nn.Embedding(config.vocab_size, narrow)
+        if config.learned_positions:
+            self.embed_positions = nn.Embedding(config.max_position_embeddings, config.table_size)
+        if config.table_size != width:
+            self.project = nn.Linear(config.table_size, width)
+        self.encoder = RetroEncoder(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, index) for index in range(config.num_hidden_layers)
+        )
+        self.norm = make_norm(config, width) if config.norm_first else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The decoder's word embeddings."""
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the decoder's word embeddings."""
+        self.embed_tokens = value  # type: ignore[assignment]
+
+    @property
+    def neighbour_table(self) -> nn.Module:
+        """The encoder's word embeddings."""
+        return self.embed_tokens if self.config.shared_embeddings else self.embed_neighbours
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        neighbours: Tensor | None = None,
+        neighbour_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        chunk_offset: Tensor | None = None,
+        retrieval_step: int | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> BaseModelOutputWithPast:
+        """Read tokens, with neighbours of their chunks or without.
+
+        Args:
+            input_ids: ``(batch, time)``.
+            attention_mask: ``(batch, past and new time)``, 0 for padding at either end of a row.
+            neighbours: ``(batch, chunks, k, length)`` int64: for every chunk that ends in these
+                columns its neighbours with their continuations, in order; rows with fewer chunks
+                are filled up with anything. ``(batch, chunks, length)`` is one neighbour. None: no
+                retrieval.
+            neighbour_mask: alike, 0 where there is no token; default: what is not
+                ``config.neighbour_padding``.
+            document_ids: ``(batch, time)``: documents packed into a row, each with its own
+                positions and chunks, blind to the others.
+            chunk_offset: ``(batch,)`` places missing in front of the first chunk
+                (`memlm.models.retro.grid`); default 0.
+            retrieval_step: tokens between chunk ends; default the chunk size.
+            inputs_embeds: ``(batch, time, width of the table)`` instead of ``input_ids``.
+            past_key_values: a `RetroCache`.
+            use_cache: make one, outside training.
+            output_hidden_states: also return the input of every layer and the final states.
+
+        Raises:
+            InputError: for a token outside the vocabulary, more tokens than positions, neighbours
+                that do not fit the chunks, or a mask with gaps.
+        """
+        x = self._embed(input_ids, inputs_embeds)
+        batch, time = x.shape[:2]
+        cache = self._cache(past_key_values, use_cache)
+        past = 0 if cache is None else int(cache.get_seq_length())
+        real = None if attention_mask is None else attention_mask.bool()
+        if real is not None and bool(real.all()) and real.shape == (batch, past + time):
+            real = None
+        grid = chunk_grid(
+            batch,
+            time,
+            self.config.chunk_size,
+            step=retrieval_step,
+            real=real,
+            document_ids=document_ids,
+            offset=chunk_offset,
+            past=past,
+            device=x.device,
+        )
+        x = self._place(x, grid.positions)
+        sight = Sight(
+            rotation(grid.positions[:, None], self.config, x.dtype),
+            _mask(grid, real, past, time, x.dtype),
+            causal=past == 0 and real is None and grid.documents is None,
+            cache=cache,
+        )
+        found = None
+        if neighbours is not None:
+            found = self._neighbours(neighbours, neighbour_mask, grid, aligned=real is None)
+        states = [x] if output_hidden_states else []
+        encoded: Encoded | None = None
+        first = True
+        stack: list[DecoderLayer] = list(self.layers)  # type: ignore[assignment]
+        for layer in stack:
+            x = layer.attention(x, sight)
+            if layer.cross is not None:
+                if first:
+                    encoded, first = self._encode(x, grid, found, cache), False
+                if encoded is not None or (cache is not None and cache.neighbours):
+                    x = layer.cross(x, grid, encoded, cache)
+                elif self.config.compatibility == "none":
+                    x = layer.cross.passed(x)
+            x = layer.feed(x)
+            states.append(x)
+        if cache is not None and encoded is not None:
+            now = grid.per_row > 0
+            cache.current = now if cache.current is None else cache.current | now
+        x = self.norm(x)
+        return BaseModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=cache,
+            hidden_states=(*states[:-1], x) if output_hidden_states else None,  # type: ignore
+        )
+
+    def _embed(self, input_ids: Tensor | None, embeds: Tensor | None) -> Tensor:
+        check(
+            (input_ids is None) != (embeds is None),
+            "exactly one of input_ids and inputs_embeds must be given",
+        )
+        if input_ids is None:
+            return embeds  # type: ignore[return-value]
+        check(input_ids.numel() > 0, f"the batch must hold tokens, got {tuple(input_ids.shape)}")
+        self._check_tokens(input_ids, "token ids")
+        return self.embed_tokens(input_ids)
+
+    def _check_tokens(self, tokens: Tensor, what: str) -> None:
+        low, high = (int(end) for end in tokens.aminmax())
+        size = self.config.vocab_size
+        check(
+            low >= 0 and high < size,
+            f"{what} must be in [0, {size}), got {low if low < 0 else high}; are they of this "
+            "model's tokenizer?",
+        )
+
+    def _cache(self, given: Cache | None, use_cache: bool | None) -> RetroCache | None:
+        check(
+            given is None or isinstance(given, RetroCache),
+            f"past_key_values must be a RetroCache, got {type(given).__name__}",
+        )
+        wanted = self.config.use_cache if use_cache is None else use_cache
+        if given is None and wanted and not self.training:
+            return RetroCache()
+        return given  # type: ignore[return-value]
+
+    def _place(self, x: Tensor, positions: Tensor) -> Tensor:
+        """Absolute positions and the decoder's width."""
+        if self.config.learned_positions:
+            longest, rows = int(positions.max()) + 1, self.config.max_position_embeddings
+            check(
+                longest <= rows,
+                f"a text must have at most max_position_embeddings = {rows} tokens, got {longest}; "
+                "cut it",
+            )
+            x = x + self.embed_positions(positions)
+        return self.project(x) if hasattr(self, "project") else x
+
+    def _neighbours(
+        self, neighbours: Tensor, mask: Tensor | None, grid: ChunkGrid, *, aligned: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Neighbours ``(chunks, k, length)`` of the grid's chunks, with their mask."""
+        if neighbours.dim() == 3:
+            neighbours = neighbours[:, :, None]
+            mask = None if mask is None else mask[:, :, None]
+        batch, time = grid.positions.shape
+        check(
+            neighbours.dim() == 4 and len(neighbours) == batch,
+            f"neighbours must be (batch = {batch}, chunks, k, length), got "
+            f"{tuple(neighbours.shape)}",
+        )
+        needed = int(grid.per_row.max())
+        most = needed if aligned and grid.documents is None else max(needed, neighbours.shape[1])
+        given = neighbours.shape[1]
+        check(
+            needed <= given <= most,
+            f"expected neighbours of {needed} chunks for {time} tokens at chunk_size "
+            f"{self.config.chunk_size}, got {given}; give those of every chunk that ends here",
+        )
+        if len(grid.rows) == 0 or neighbours.shape[2] == 0:
+            return None
+        if mask is None:
+            padding = self.config.neighbour_padding
+            mask = torch.ones_like(neighbours) if padding is None else neighbours != padding
+        check(
+            mask.shape == neighbours.shape,
+            f"neighbour_mask must have the shape of neighbours, {tuple(neighbours.shape)}, got "
+            f"{tuple(mask.shape)}",
+        )
+        seen = mask[grid.rows, grid.numbers].bool()
+        chosen = neighbours[grid.rows, grid.numbers].masked_fill(~seen, 0)
+        self._check_tokens(chosen, "neighbours")
+        return chosen, seen
+
+    def _encode(
+        self,
+        x: Tensor,
+        grid: ChunkGrid,
+        found: tuple[Tensor, Tensor] | None,
+        cache: RetroCache | None,
+    ) -> Encoded | None:
+        """Neighbours encoded at the sight of their chunks' states ``x``."""
+        states = x
+        if cache is not None:
+            states = x if cache.tail is None else torch.cat([cache.tail, x], dim=1)
+            # The whole chunk before the next token is m - 1 states at most.
+            cache.tail = states[
+                :, states.shape[1] - min(states.shape[1], self.config.chunk_size - 1) :
+            ]
+        if found is None:
+            check(
+                cache is None or not cache.neighbours or len(grid.rows) == 0,
+                "neighbours must be given for every chunk once they were given for one, got none "
+                f"for {len(grid.rows)} chunks that end here",
+            )
+            return None
+        columns = (grid.columns() + states.shape[1] - x.shape[1]).clamp(min=0)
+        flat = columns + grid.rows[:, None] * states.shape[1]
+        chunks = states.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, flat.shape)
+        return self.encoder(*found, self.neighbour_table, chunks, grid.own)
+
+
+def _mask(
+    grid: ChunkGrid, real: Tensor | None, past: int, time: int, dtype: torch.dtype
+) -> Tensor | None:
+    """What each new token sees, to add; None where causality says it all or all is seen."""
+    if real is None and grid.documents is None and (past == 0 or time == 1):
+        return None
+    device = grid.positions.device
+    new = torch.arange(past, past + time, device=device)
+    seen = (torch.arange(past + time, device=device) <= new[:, None])[None]
+    if real is not None:
+        seen = seen & real[:, None]
+    if grid.documents is not None:
+        seen = seen & (grid.documents[:, None] == grid.documents[:, :, None])
+    return additive(seen, dtype)[:, None]
+
+
+AutoModel.register(RetroConfig, RetroModel, exist_ok=True)
