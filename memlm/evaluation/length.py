@@ -16,10 +16,10 @@ position against loss and whose table has ppl@n.
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -132,6 +132,13 @@ class LengthCurve:
             "points": rows,
         }
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """What ``to_dict`` wrote."""
+        names = [field.name for field in fields(LengthPoint)]
+        points = (LengthPoint(*(row[name] for name in names)) for row in values["points"])
+        return cls(LengthConfig.from_dict(values["config"]), tuple(points), tuple(values["ends"]))
+
     def describe(self) -> str:
         """One line of protocol."""
         config = self.config
@@ -236,7 +243,7 @@ def _prepared(
     return nullcontext(model)
 
 
-def plot(curves: dict[str, LengthCurve], path: str) -> None:
+def plot(curves: Mapping[str, LengthCurve], path: str) -> None:
     """Perplexity against length, one panel per curve, as an image.
 
     Args:
