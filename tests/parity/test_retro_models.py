@@ -2,41 +2,13 @@
 
 import json
 
-import pytest
 import torch
+from retro_models import read_model, run
 from safetensors.torch import load_file
-from torch import nn
 
-from memlm.importers.retro_checkpoint import import_retro, target_name
-from memlm.models.retro.causal_lm import RetroForCausalLM
-from memlm.models.retro.config import RetroConfig
+from memlm.importers.retro_checkpoint import target_name
 
 TOLERANCE = {"atol": 2e-5, "rtol": 1e-4}
-
-
-def read_model(folder, weights="weights.safetensors", **changes):
-    config = json.loads((folder / "config.json").read_text())
-    for ours, theirs in (
-        ("encoder_residual_scale", "enc_scale_residual"),
-        ("decoder_residual_scale", "dec_scale_residual"),
-    ):
-        if config.get(theirs) is not None:
-            changes[ours] = config[theirs]
-    if "paper_positions" in folder.name:
-        changes["compatibility"] = "none"
-    model = import_retro(
-        load_file(folder / weights), chunk_size=config["chunk_size"], **changes
-    )
-    return model, config
-
-
-def run(model, data, *, loss=False):
-    seq = data["seq"]
-    arguments = {"neighbours": data.get("retrieved")}
-    if not loss:
-        return model(seq, **arguments)
-    labels = seq[:, 1:].masked_fill(seq[:, 1:] == 0, -100)
-    return model(seq[:, :-1], shift_labels=labels, **arguments)
 
 
 def test_model(golden_retro_model):
@@ -59,13 +31,9 @@ def test_model(golden_retro_model):
             if not key.startswith("grad."):
                 continue
             ours = grads[target_name(key.removeprefix("grad."), gated=gated)]
-            torch.testing.assert_close(
-                ours.reshape(expected.shape), expected, atol=1e-5, rtol=1e-4
-            )
+            torch.testing.assert_close(ours.reshape(expected.shape), expected, atol=1e-5, rtol=1e-4)
         found = torch.stack([g.norm() for g in grads.values() if g is not None]).norm()
-        torch.testing.assert_close(
-            found, data["grad_total_norm"].reshape(()), atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(found, data["grad_total_norm"].reshape(()), atol=1e-5, rtol=1e-4)
         none = {target_name(key, gated=gated) for key in case["params_with_grad_none"]}
         assert {key for key, grad in grads.items() if grad is None} == none
 
