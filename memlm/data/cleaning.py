@@ -190,7 +190,9 @@ def merge_short(sentences: list[str]) -> list[str]:
     return sentences
 
 
-def keep_length(lines: Iterable[str], shortest: int = 20, longest: int = 1_000_000) -> Iterator[str]:
+def keep_length(
+    lines: Iterable[str], shortest: int = 20, longest: int = 1_000_000
+) -> Iterator[str]:
     """Lines of so many characters, the line break counted."""
     return (line for line in lines if shortest <= len(line) + 1 <= longest)
 

@@ -1,14 +1,16 @@
 """The tasks of GLUE (Wang et al. 2019): where texts and labels are, what is measured.
 
-Read from the official tab-separated files (columns by number, since headers differ between splits),
+Read from the official tab-separated files, compressed or not (columns by number, since headers differ),
 from a folder that ``datasets`` saved, or from the Hub under the task's name in ``nyu-mll/glue``.
 Classes are in GLUE's order. The TUPE authors' code numbers them by their frequency in training
 instead, the most frequent first; ``by_frequency`` does that.
 """
 
+import gzip
+import lzma
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,10 +122,11 @@ def read_glue(task: GlueTask, source: str | Path | Mapping[str, Any], split: str
     """
     if isinstance(source, Mapping):
         rows = _from_rows(task, source, split)
-    elif (Path(source) / _FILES["train"]).is_file():
-        path = Path(source) / _FILES[split]
-        check(path.is_file(), f"{path} must exist for split {split!r} of {task.name}")
-        rows = list(_from_file(task, path))
+    elif _file(task, Path(source), "train") is not None:
+        found = _file(task, Path(source), split)
+        if found is None:
+            raise InputError(f"{source} must hold {_FILES[split]} for split {split!r}")
+        rows = list(_from_file(*found))
     else:
         rows = _from_rows(task, _datasets(task, str(source)), split)
     check(len(rows) > 0, f"split {split!r} of {task.name} must have samples, got none")
@@ -147,8 +150,23 @@ def by_frequency(labels: NDArray[np.number]) -> NDArray[np.int64]:
     return ranks
 
 
+def _file(task: GlueTask, folder: Path, split: str) -> tuple[GlueTask, Path] | None:
+    """The file of a split and how its lines are laid out."""
+    layouts = [(task, _FILES[split])]
+    if task.name == "stsb":  # as its authors give it, before GLUE
+        name = {"train": "sts-train.csv", "validation": "sts-dev.csv"}[split]
+        layouts.append((replace(task, columns=(5, 6), label_column=4, header=False), name))
+    for layout, name in layouts:
+        for path in (folder / name, folder / f"{name}.xz", folder / f"{name}.gz"):
+            if path.is_file():
+                return layout, path
+    return None
+
+
 def _from_file(task: GlueTask, path: Path) -> Iterable[tuple[tuple[str, ...], str]]:
-    lines = path.read_text(encoding="utf-8").split("\n")
+    openers = {".xz": lzma.open, ".gz": gzip.open}
+    with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
     for number, line in enumerate(lines):
         fields = line.rstrip("\r").split("\t")
         if (number == 0 and task.header) or not line.strip():

@@ -251,9 +251,13 @@ def _folded(
     elif causal and (queries != time or mask is not None):
         mask = sight_mask(Sight(causal=True, visible=mask), queries, time, query.device)
         causal = False
-    return F.scaled_dot_product_attention(
+    # kernels that hold no table of scores want values as wide as keys
+    width = value.shape[-1]
+    value = F.pad(value, (0, query.shape[-1] - width))
+    output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
     )
+    return output[..., :width]
 
 
 def fold(

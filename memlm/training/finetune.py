@@ -80,16 +80,14 @@ def finetune(
     splits = {split: read_glue(task, source, split) for split in ("train", *task.held_out)}
     if task.classes and config.legacy_classes:
         ranks = by_frequency(splits["train"].labels)
-        splits = {name: one._replace(labels=ranks[one.labels]) for name, one in splits.items()}
+        splits = {name: one._replace(labels=ranks[one.labels.astype(np.int64)]) for name, one in splits.items()}
     data = {name: _tokenize(one, tokenizer, config.max_length) for name, one in splits.items()}
     runs = []
     for rate in config.learning_rates:
         for seed in config.seeds:
             folder = out / f"rate-{rate:g}-seed-{seed}"
             if not (folder / _RESULT).exists():
-                metrics = _run(
-                    make_model, tokenizer, data, config, rate, seed, folder, quiet=quiet
-                )
+                metrics = _run(make_model, tokenizer, data, config, rate, seed, folder, quiet=quiet)
                 write_json(folder / _RESULT, {"rate": rate, "seed": seed, "metrics": metrics})
                 if not config.keep_models:
                     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -163,8 +161,8 @@ def _run(
     legacy = config.batch_size if config.legacy_batch_mean else None
     found = {}
     for split in task.held_out:
-        predicted = predict(trained, data[split], batch_size=config.batch_size, pad=int(pad))  # type: ignore[arg-type]
-        labels = data[split].labels
+        predicted = predict(trained, data[split], batch_size=config.batch_size, pad=int(pad))  #
+        type: ignore[arg-type] labels = data[split].labels
         found[split] = score(task.metrics, predicted, labels, legacy_batches=legacy)
     return found
 
@@ -190,7 +188,8 @@ def _tokenize(
     samples: Samples, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> LabelledSamples:
     texts = list(zip(*samples.texts, strict=True))
-    encoded = tokenizer(*map(list, texts), truncation=True, max_length=max_length)
+    first, *second = map(list, texts)
+    encoded = tokenizer(first, *second, truncation=True, max_length=max_length)  # type: ignore
     return LabelledSamples(encoded["input_ids"], samples.labels)  # type: ignore[arg-type]
 
 
@@ -217,9 +216,7 @@ def _hash(data: LabelledSamples) -> str:
     return digest.hexdigest()
 
 
-def _table(
-    task: GlueTask, config: FinetuneConfig, runs: list[dict[str, Any]]
-) -> dict[str, Any]:
+def _table(task: GlueTask, config: FinetuneConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
     medians: dict[str, dict[str, float]] = {}
     for rate in config.learning_rates:
         mine = [run["metrics"] for run in runs if run["rate"] == rate]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
+from accelerate import PartialState
 from numpy.typing import NDArray
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase, TrainerCallback
@@ -24,7 +25,7 @@ from memlm.data.sentence_blocks import cut_blocks
 from memlm.models.fingerprint import tokenizer_hash
 from memlm.models.tupe.config import TupeConfig
 from memlm.models.tupe.heads import TupeForMaskedLM
-from memlm.training.loop import train
+from memlm.training.loop import on_cpu, train
 from memlm.training.masked_lm_config import MaskedLMConfig
 from memlm.training.model_loss import ModelLoss
 from memlm.training.order import InTurn
@@ -150,8 +151,6 @@ def train_masked_lm(
             run and ``resume`` is not set.
         FingerprintError: if the run to resume is another one.
     """
-    from accelerate import PartialState
-
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "mask_token_id"):
         check(
             getattr(tokenizer, name) is not None,
@@ -162,24 +161,24 @@ def train_masked_lm(
     ends = _ends_word(tokenizer) if config.whole_words else None
     masker = Masker(size, mask, config.masking(), ends_word=ends)
     begin, pad = _token(tokenizer.bos_token_id), _token(tokenizer.pad_token_id)
-    settings = {"begin": begin, "seed": config.seed}
-    examples = MaskedBlocks(sentences, config.block_length, masker, **settings)
+    length, seed = config.block_length, config.seed
+    examples = MaskedBlocks(sentences, length, masker, begin=begin, seed=seed)
     evaluated = None
     if held_out is not None:
-        evaluated = MaskedBlocks(held_out, config.block_length, masker, **settings, fixed=True)
+        evaluated = MaskedBlocks(held_out, length, masker, begin=begin, seed=seed, fixed=True)
     with random_state_kept():
         torch.manual_seed(config.seed)
         model = TupeForMaskedLM(model_config(config, tokenizer))
     trained = train(
         ModelLoss(model),
         examples,
-        InTurn(config.rows, PartialState().num_processes),
+        InTurn(config.rows, PartialState(cpu=on_cpu(config)).num_processes),
         config,
         out,
         collate=lambda samples: collate_masked(samples, pad_token=pad),
         identity={
-            "text_hash": fingerprint(
-                [sentences.tokens.tobytes().hex(), sentences.lengths.tolist()]
+            "text_hash": xxhash.xxh3_128_hexdigest(
+                sentences.tokens.tobytes() + sentences.lengths.tobytes()
             ),
             "tokenizer_hash": tokenizer_hash(tokenizer),
         },

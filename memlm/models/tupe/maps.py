@@ -1,0 +1,77 @@
+"""What a model's positions look like: one map of scores per head, free of any input.
+
+A head is named by where its position scores alone would look (softmax over keys, the mean over
+queries, untied tokens left out), after the patterns that Ke et al. (2021, figure 5) show:
+
+    previous, next   half of the weight on the token before, after
+    local            half of it within an eighth of the length
+    global           nearly even: entropy above 95 % of the greatest
+    broad            anything else
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memlm.core.config import check
+from memlm.core.errors import UnsupportedModelError
+from memlm.ops.untied_attention import position_scores
+from memlm.positions.untied import UntiedPositions
+
+
+class PositionMaps(NamedTuple):
+    """Position scores of a model.
+
+    Attributes:
+        scores: ``(heads, length, length)`` float32, [head, query, key].
+        labels: what each head does.
+    """
+
+    scores: Tensor
+    labels: tuple[str, ...]
+
+
+@torch.no_grad()
+def position_maps(model: torch.nn.Module, length: int) -> PositionMaps:
+    """The maps of a model that scores positions apart.
+
+    Args:
+        model: holds one `UntiedPositions`.
+        length: tokens.
+
+    Raises:
+        UnsupportedModelError: if it holds none.
+        InputError: if ``length`` is below 3 or more than the model can.
+    """
+    check(length >= 3, f"length must be at least 3, got {length}")
+    for module in model.modules():
+        if isinstance(module, UntiedPositions):
+            found = position_scores(module(length), length, module.scale)[0].float().cpu()
+            return PositionMaps(found, tuple(label_of(one) for one in found))
+    raise UnsupportedModelError(
+        "the model must score positions apart (TUPE, BERT-R, BERT-A^d), but holds no such part"
+    )
+
+
+def label_of(scores: Tensor) -> str:
+    """The name of one head's ``(length, length)`` map."""
+    inner = scores[1:, 1:].double()
+    length = len(inner)
+    weights = inner.softmax(-1)
+    place = torch.arange(length)
+    offset = place[None, :] - place[:, None]
+
+    def share(at: Tensor) -> float:
+        asks = at.any(-1)  # the first token has none before it
+        return float((weights * at).sum(-1)[asks].mean())
+
+    if share(offset == -1) > 0.5:
+        return "previous"
+    if share(offset == 1) > 0.5:
+        return "next"
+    entropy = float(torch.special.entr(weights).sum(-1).mean())
+    if entropy > 0.95 * math.log(length):
+        return "global"
+    return "local" if share(offset.abs() <= max(1, length // 8)) > 0.5 else "broad"
