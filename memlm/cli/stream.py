@@ -1,7 +1,7 @@
 """``memlm stream``: perplexity of a model over a text without end, at constant memory."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
@@ -61,7 +61,7 @@ class Stream(ModelOptions):
         corpus = tokenize(documents, tokenizer, begin=False)
         cuts = corpus.offsets.tolist()
         texts = [corpus.tokens[a:b].tolist() for a, b in pairwise(cuts)]
-        begin = tokenizer.bos_token_id
+        begin: Any = tokenizer.bos_token_id
         points = stream_perplexity(
             model,
             shuffled_epochs(texts, self.seed, begin_token=begin),

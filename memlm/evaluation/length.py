@@ -30,7 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.core.config import Config, check
-from memlm.core.errors import MissingExtraError
+from memlm.core.errors import MissingExtraError, UnsupportedModelError
 from memlm.core.progress import bar
 from memlm.evaluation.reader import read_whole
 from memlm.models.extend import extended
@@ -177,7 +177,8 @@ def measure_lengths(
 
     Raises:
         InputError: if the stream is too short.
-        UnsupportedModelError: if the model cannot be extended or scaled.
+        UnsupportedModelError: if the model cannot be extended or scaled, or has a table of
+            positions that ends before a length.
     """
     stream = torch.as_tensor(np.asarray(tokens), dtype=torch.long)
     longest = max(config.lengths)
@@ -214,8 +215,15 @@ def _measure(
     pieces = torch.stack([stream[end - read : end] for end in ends])
     rows = max(1, config.batch_tokens // read)
     start = time.perf_counter()
-    with _prepared(model, method, length, config) as ready:
-        losses = torch.cat([read_whole(ready, part).cpu() for part in pieces.split(rows)])
+    try:
+        with _prepared(model, method, length, config) as ready:
+            losses = torch.cat([read_whole(ready, part).cpu() for part in pieces.split(rows)])
+    except IndexError as error:
+        raise UnsupportedModelError(
+            f"texts of {read} tokens need positions that are computed, but those of "
+            f"{type(model).__name__} come from a table that ends earlier ({error}); use a model "
+            "with rotary positions or ALiBi"
+        ) from error
     seconds = time.perf_counter() - start
     means = losses[:, -config.scored :].mean(1)
     return LengthPoint(

@@ -34,12 +34,12 @@ class Averages(NamedTuple):
     Attributes:
         mean: where anything was scored.
         variance: of the population.
-        count: how many losses each is over.
+        counts: how many losses each is over.
     """
 
     mean: NDArray[np.float64]
     variance: NDArray[np.float64]
-    count: NDArray[np.int64]
+    counts: NDArray[np.int64]
 
 
 def truncate(tokens: Sequence[int], length: int | None, side: Side = "right") -> list[int]:

@@ -21,11 +21,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from memlm.core.errors import MemlmError
 from memlm.core.files import write_json
+from memlm.core.threads import torch_threads
 from memlm.core.types import Index, TokenMemory
 from memlm.data.documents import Document
 from memlm.data.python_library import python_library
-from memlm.data.tokens import tokenize
+from memlm.data.tokens import TokenCorpus, tokenize
+from memlm.evaluation.length import LengthConfig, measure_lengths
 from memlm.evaluation.perplexity import evaluate
 from memlm.evaluation.result import Evaluation
 from memlm.evaluation.tune import tune
@@ -38,6 +41,7 @@ from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
 from memlm.methods.knn_lm import index_store
 from memlm.models.attach import attach
+from memlm.models.trained_length import trained_length
 from memlm.store.reader import Datastore
 from memlm.training.causal_lm import train_causal_lm
 from memlm.training.config import TrainConfig
@@ -49,6 +53,8 @@ LIBRARY_PROMPT = "Return True if the"
 # What five minutes on two cores have room for; both are samples of whole documents.
 DEV_CHARACTERS, TEST_CHARACTERS = 30_000, 75_000
 ENTRIES_PER_CLUSTER, CLUSTER_ITERATIONS = 400, 5
+# enough for a trend in a few seconds
+LENGTH_PIECES, LENGTH_SCORED = 2, 128
 ALWAYS = 10**9  # more pointers than there ever are: search at every step
 
 Say = Callable[[str], None]
@@ -170,6 +176,9 @@ def journey(
                 model, test, windows, memory=memory, merge=chosen.merge, threads=threads
             )
 
+    with _timed(seconds, "lengths"):
+        say(length_line(model, test, threads))
+
     with _timed(seconds, "generate"):
         completions = {"without memory": complete(model, tokenizer, prompt)}
         lm = attach(model, best, merge=chosen.merge)
@@ -187,6 +196,33 @@ def journey(
         },
     )
     return Journey(evaluations, completions, prompt, seconds, out)
+
+
+def length_line(model: PreTrainedModel, corpus: TokenCorpus, threads: int | None) -> str:
+    """Held-out perplexity at 1, 4 and 16 times the trained length, as it is and extended.
+
+    LM-Infinite (Han et al. 2024); see `memlm.evaluation.length`. Says so if the text is too short
+    or the model cannot be extended.
+    """
+    try:
+        trained = trained_length(model)
+        lengths = tuple(trained * times for times in (1, 4, 16) if trained * times <= len(corpus))
+        config = LengthConfig(
+            lengths=lengths or (trained,),
+            window=trained,
+            methods=("vanilla", "lm-infinite"),
+            pieces=LENGTH_PIECES,
+            scored=min(LENGTH_SCORED, trained - 1),
+        )
+        with torch_threads(threads):
+            curve = measure_lengths(model, corpus.tokens, config, progress=False)
+    except MemlmError as error:
+        return f"lengths: not measured: {error}"
+    rows = [
+        f"{method} " + " ".join(f"{x.perplexity:.0f}" for x in curve.points if x.method == method)
+        for method in config.methods
+    ]
+    return f"perplexity after {', '.join(map(str, lengths))} tokens: {'; '.join(rows)}"
 
 
 def memories_of(best: KnnMemory, approximate: Index, clusters: Clusters) -> dict[str, TokenMemory]:

@@ -6,8 +6,10 @@
 Too large distances, too many tokens under one softmax and lost first tokens are what breaks a
 model beyond its training length; each has its line above. The model is not trained.
 
-The parts: `window_attention` is the attention, `WindowLayer` keeps what it needs and no more,
-`extend_context` puts both into a model and `restore_context` takes them out.
+The parts: `window_attention` is the attention, in tiles for a text and on a ring for a token;
+`WindowLayer` keeps what it needs and no more; `extend_context` puts both into a model and
+`restore_context` takes them out. `measure_lengths` shows what it is good for, beside truncation, a
+plain window, StreamingLLM's positions and rotary scaling; `stream_perplexity` reads without end.
 
 Settings of the paper's code: `window` is the training length (4096 for Llama 2), 10 to 100 sinks,
 the limit is the window. That limit is one step more than the largest distance of training,

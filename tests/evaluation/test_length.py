@@ -112,7 +112,7 @@ def test_averages_by_hand(model):
     found = by_position(losses)
     assert found.mean.tolist() == [2.0, 4.0, 6.5]
     assert found.variance.tolist() == pytest.approx([2 / 3, 2 / 3, 0.25])
-    assert found.count.tolist() == [3, 3, 2]
+    assert found.counts.tolist() == [3, 3, 2]
     assert by_length(losses) == {2: (2.0, 0.0), 3: (4.5, 0.25)}
     assert by_token(losses) == 31 / 8
     assert by_document(losses) == pytest.approx((2 + 4 + 5) / 3)
@@ -148,6 +148,15 @@ def test_truncation_keeps_the_other_side(side, kept):
 def test_settings_are_checked(settings, words):
     with pytest.raises(InputError, match=words):
         LengthConfig(**{"lengths": (40,), "window": 40, "scored": 10, **settings})
+
+
+def test_a_table_of_positions_ends():
+    with pytest.raises(UnsupportedModelError, match="come from a table that ends earlier"):
+        measure_lengths(
+            tiny_model("gpt2", n_positions=32),
+            tiny_tokens(1, 200)[0].numpy(),
+            LengthConfig(lengths=(32, 64), window=32, methods=("vanilla",), scored=8),
+        )
 
 
 def test_a_short_text_is_refused(model):
