@@ -141,11 +141,11 @@ def _run(
     with random_state_kept():
         torch.manual_seed(seed)
         model = make_model(task.num_labels)
-    pad = tokenizer.pad_token_id
-    check(pad is not None, "the tokenizer must have a padding token")
+    check(tokenizer.pad_token_id is not None, "the tokenizer must have a padding token")
+    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def collate(rows: list[tuple[list[int], Any]]) -> dict[str, Tensor]:
-        return _batch([row for row, _ in rows], np.array([label for _, label in rows]), int(pad))  # type: ignore[arg-type]
+        return _batch([row for row, _ in rows], np.array([label for _, label in rows]), pad)
 
     trained = train(
         ModelLoss(model),
@@ -161,8 +161,8 @@ def _run(
     legacy = config.batch_size if config.legacy_batch_mean else None
     found = {}
     for split in task.held_out:
-        predicted = predict(trained, data[split], batch_size=config.batch_size, pad=int(pad))  #
-        type: ignore[arg-type] labels = data[split].labels
+        predicted = predict(trained, data[split], batch_size=config.batch_size, pad=pad)
+        labels = data[split].labels
         found[split] = score(task.metrics, predicted, labels, legacy_batches=legacy)
     return found
 
