@@ -1,0 +1,155 @@
+"""Fine-tuning: the grid, what is kept of it, every task's files."""
+
+import json
+
+import numpy as np
+import pytest
+
+from memlm.core.errors import InputError
+from memlm.data.glue import TASKS, by_frequency, glue_task, read_glue
+from memlm.evaluation.glue import Counts, f1, matthews, score
+from memlm.models.tupe.config import TupeConfig
+from memlm.models.tupe.heads import TupeForSequenceClassification
+from memlm.training.finetune import describe_table, finetune
+from memlm.training.finetune_config import FinetuneConfig
+from memlm.training.sentence_tokenizer import train_sentence_tokenizer
+
+TEXT = ["a good cat sat on the red mat", "a bad dog ran to the blue house", "good", "bad"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_sentence_tokenizer(TEXT * 3, 80)
+
+
+def rows(task, count, seed=0):
+    draw = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        label = int(draw.random() < 0.4)
+        texts = {name: TEXT[int(draw.integers(2))] for name in task.fields}
+        texts[task.fields[0]] += " good" if label else " bad"
+        found.append({**texts, "label": float(5 * label) if not task.classes else label})
+    return found
+
+
+def make_model(tokenizer):
+    return lambda labels: TupeForSequenceClassification(
+        TupeConfig(
+            vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+            intermediate_size=32, max_position_embeddings=32, scheme="tupe-r", num_labels=labels,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])
+def test_a_grid(name, tokenizer, tmp_path):
+    task = glue_task(name)
+    data = {split: rows(task, 32, seed) for seed, split in enumerate(("train", *task.held_out))}
+    config = FinetuneConfig(
+        task=name, learning_rates=(3e-3, 1e-9), seeds=(1, 2), epochs=4, batch_size=8, max_length=32,
+        precision="float32", threads=1,
+    )  # fmt: skip
+    table = finetune(make_model(tokenizer), tokenizer, data, config, tmp_path, quiet=True)
+    assert table["best_rate"] == 3e-3
+    headline = f"{task.held_out[0]} {task.metrics[0]}"
+    assert table["best"][headline] > 0.9
+    assert set(table["best"]) == {f"{s} {m}" for s in task.held_out for m in task.metrics}
+    assert "median of 2 seeds" in describe_table(table)
+    assert not list(tmp_path.glob("*/model.safetensors"))
+
+    def fail(labels):
+        raise AssertionError("a finished run must not be repeated")
+
+    again = finetune(fail, tokenizer, data, config, tmp_path, quiet=True)
+    assert again["medians"] == table["medians"]
+
+
+def test_classes_by_frequency():
+    assert by_frequency(np.array([1, 1, 0, 2, 2, 2])).tolist() == [2, 1, 0]
+    assert by_frequency(np.array([0, 1])).tolist() == [0, 1]
+
+
+def test_pooled_metrics_are_not_means_of_batches():
+    predicted, labels = np.array([1, 1, 0, 0, 1]), np.array([1, 0, 0, 0, 1])
+    pooled = score(["accuracy", "f1", "matthews"], predicted, labels)
+    assert pooled == pytest.approx({"accuracy": 0.8, "f1": 0.8, "matthews": 2 / 3})
+    legacy = score(["accuracy"], predicted, labels, legacy_batches=2)
+    assert legacy["accuracy"] == pytest.approx((0.5 + 1 + 1) / 3)
+    assert (f1(Counts(0, 0, 0, 4)), matthews(Counts(0, 0, 0, 4))) == (0.0, 0.0)
+    with pytest.raises(InputError, match="one prediction per label"):
+        score(["f1"], predicted, labels[:2])
+    with pytest.raises(InputError, match="a metric must be one of"):
+        score(["bleu"], predicted, labels)
+
+
+WIDTHS = {"cola": 4, "sst2": 2, "mrpc": 5, "qqp": 6, "stsb": 10, "mnli": 12, "qnli": 4, "rte": 4, "wnli": 4}
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_official_files(name, tmp_path):
+    task = glue_task(name)
+    fields = [f"f{number}" for number in range(WIDTHS[name])]
+    label = task.classes[1] if task.classes else "2.500"
+    fields[task.label_column] = label
+    for number, column in enumerate(task.columns):
+        fields[column] = f'text "{number}'
+    heading = ["\t".join(["head"] * WIDTHS[name])] if task.header else []
+    for file in ("train.tsv", "dev.tsv", "dev_matched.tsv", "dev_mismatched.tsv"):
+        (tmp_path / file).write_text("\n".join([*heading, "\t".join(fields), ""]))
+    for split in ("train", *task.held_out):
+        found = read_glue(task, tmp_path, split)
+        assert found.texts == [tuple(f'text "{n}' for n in range(len(task.columns)))]
+        assert found.labels.tolist() == ([1] if task.classes else [0.5])
+
+
+def test_similarities_before_glue(tmp_path):
+    import lzma
+
+    for name in ("sts-train.csv.xz", "sts-dev.csv.xz"):
+        line = "main\tfile\t2012\t0001\t5.000\tA plane.\tAn \"air\" plane.\tsource"
+        (tmp_path / name).write_bytes(lzma.compress(line.encode()))
+    found = read_glue(glue_task("STS-B"), tmp_path, "validation")
+    assert (found.texts, found.labels.tolist()) == ([("A plane.", 'An "air" plane.')], [1.0])
+
+
+def test_saved_data_sets(tmp_path):
+    import datasets
+
+    task = glue_task("MRPC")
+    made = {split: datasets.Dataset.from_list(rows(task, 3)) for split in ("train", "validation")}
+    datasets.DatasetDict(made).save_to_disk(tmp_path / "mrpc")
+    found = read_glue(task, tmp_path / "mrpc", "validation")
+    assert len(found.texts) == 3
+    assert all(len(pair) == 2 for pair in found.texts)
+
+
+def test_labels_are_checked(tmp_path):
+    (tmp_path / "train.tsv").write_text("id\ta\tb\tlabel\n1\tx\ty\tmaybe\n")
+    with pytest.raises(InputError, match="must be one of entailment, not_entailment, got 'maybe'"):
+        read_glue(glue_task("RTE"), tmp_path, "train")
+    with pytest.raises(InputError, match="must hold dev.tsv for split"):
+        read_glue(glue_task("RTE"), tmp_path, "validation")
+    (tmp_path / "train.tsv").write_text("id\ta\tb\tlabel\n1\tx\n")
+    with pytest.raises(InputError, match="line 2 of .* must have at least 4 fields, got 2"):
+        read_glue(glue_task("RTE"), tmp_path, "train")
+    with pytest.raises(InputError, match="labels of stsb must be numbers"):
+        read_glue(glue_task("stsb"), {"train": [{"sentence1": "", "sentence2": "", "label": "x"}]}, "train")
+    with pytest.raises(InputError, match="must have the field 'sentence2'"):
+        read_glue(glue_task("rte"), {"train": [{"sentence1": "", "label": 0}]}, "train")
+    with pytest.raises(InputError, match="must have a split 'train', got dev"):
+        read_glue(glue_task("rte"), {"dev": []}, "train")
+    with pytest.raises(InputError, match="task must be one of"):
+        glue_task("squad")
+
+
+def test_the_protocol():
+    config = FinetuneConfig(task="cola")
+    run = config.run(320, 2e-5, 1)
+    assert (run.max_steps, run.warmup_steps, run.rows) == (100, 6, 32)
+    assert json.dumps(config.to_dict())
+    with pytest.raises(InputError, match="learning_rates must hold at least one"):
+        FinetuneConfig(task="cola", learning_rates=())
+    with pytest.raises(InputError, match="warmup_ratio must lie"):
+        FinetuneConfig(task="cola", warmup_ratio=1.5)

@@ -1,0 +1,175 @@
+"""Pre-training on masked tokens: examples, resuming, the recipe."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from memlm.core.errors import InputError
+from memlm.data.cleaning import CorpusCounts
+from memlm.data.documents import Document
+from memlm.data.masking import Masker, Masking
+from memlm.methods.tupe import pretrain_tupe
+from memlm.models.tupe.heads import TupeForMaskedLM
+from memlm.training.masked_lm import MaskedBlocks, tokenize_sentences, train_masked_lm
+from memlm.training.masked_lm_config import MaskedLMConfig
+from memlm.training.polynomial import PolynomialRate, warmup_steps_of
+from memlm.training.sentence_tokenizer import train_sentence_tokenizer
+
+WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
+SENTENCES = [
+    f"the {one} cat of {two} sat on the {one} mat and looked at {three} ."
+    for one in WORDS
+    for two in WORDS
+    for three in WORDS[:2]
+]
+SMALL = {
+    "block_length": 48, "batch_tokens": 192, "hidden_size": 32, "layers": 1, "heads": 2,
+    "intermediate_size": 48, "warmup_steps": 2, "log_every": 1, "precision": "float32",
+    "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_sentence_tokenizer(SENTENCES, 96)
+
+
+@pytest.fixture(scope="module")
+def sentences(tokenizer):
+    return tokenize_sentences(SENTENCES, tokenizer)
+
+
+def test_tokenizer(tokenizer):
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<file>", "<email>", "<url>"]
+    assert tokenizer.convert_ids_to_tokens(range(7)) == special
+    assert tokenizer.mask_token_id == len(tokenizer) - 1
+    ids = tokenizer("The cat.", "the <url> mat")["input_ids"]
+    words = tokenizer.convert_ids_to_tokens(ids)
+    assert words[0] == "<s>"
+    assert [word for word in words if word == "</s>"] == ["</s>"] * 3
+    assert ".</w>" in words
+    assert "<url>" in words
+    with pytest.raises(InputError, match="at least 64 tokens"):
+        train_sentence_tokenizer(SENTENCES, 20)
+
+
+def test_an_epoch_reads_every_block_once(tokenizer, sentences):
+    masker = Masker(len(tokenizer), tokenizer.mask_token_id, Masking())
+    blocks = MaskedBlocks(sentences, 48, masker, begin=0, seed=3)
+    for epoch in range(2):
+        seen = set()
+        for item in range(epoch * len(blocks), (epoch + 1) * len(blocks)):
+            example = blocks[item]
+            original = torch.where(example["labels"] == -100, example["input_ids"], example["labels"])
+            seen.add(tuple(original.tolist()))
+            assert len(original) <= 48
+            assert original[0] == 0
+        assert len(seen) == len(blocks)
+    again = MaskedBlocks(sentences, 48, masker, begin=0, seed=3)
+    assert torch.equal(again[5]["input_ids"], blocks[5]["input_ids"])
+    held = MaskedBlocks(sentences, 48, masker, begin=0, seed=3, fixed=True)
+    assert len(list(held)) == len(held)
+    with pytest.raises(InputError, match="raise block_length"):
+        MaskedBlocks(sentences, 4, masker, begin=0, seed=3)
+
+
+def test_a_resumed_run_goes_on_identically(tokenizer, sentences, tmp_path):
+    config = MaskedLMConfig(**SMALL, max_steps=6, save_every=3, optimizer="fairseq_adam")
+    whole = train_masked_lm(sentences, tokenizer, config, tmp_path / "whole", quiet=True)
+
+    class Stop(RuntimeError):
+        pass
+
+    from transformers import TrainerCallback
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 4:
+                raise Stop
+
+    with pytest.raises(Stop):
+        train_masked_lm(
+            sentences, tokenizer, config, tmp_path / "cut", quiet=True, callbacks=[Kill()]
+        )
+    resumed = train_masked_lm(
+        sentences, tokenizer, config, tmp_path / "cut", quiet=True, resume=True
+    )
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_pretraining_learns(tmp_path):
+    documents = [Document(str(n), "\n".join(SENTENCES[n::4])) for n in range(4)]
+    counts = CorpusCounts()
+    config = MaskedLMConfig(**SMALL, max_steps=30, learning_rate=3e-3, whole_words=True, dropout=0.0)
+    model = pretrain_tupe(documents, tmp_path, config, vocab_size=96, counts=counts, quiet=True)
+    assert isinstance(TupeForMaskedLM.from_pretrained(tmp_path), TupeForMaskedLM)
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert summary["curve"][-1]["loss"] < summary["curve"][0]["loss"] - 0.5
+    assert counts.lines["read"] == counts.lines["prose"] == len(SENTENCES)
+    assert counts.lines["once"] == len(set(SENTENCES))
+    assert "words" in counts.describe()
+    assert model.config.scheme == "tupe-r"
+
+
+def test_published_recipe():
+    config = MaskedLMConfig.published()
+    assert (config.max_steps, config.warmup_steps, config.optimizer) == (1_000_000, 10_000, "fairseq_adam")
+    rate = PolynomialRate(1e-4, 100, 10)
+    assert [rate(0), rate(10), rate(100)] == [0.0, 1e-4, 0.0]
+    assert [warmup_steps_of(r, 10) for r in (0.0, 0.06, 0.5)] == [0, 1, 5]
+
+
+@pytest.mark.parametrize(
+    ("make_it", "message"),
+    [
+        (lambda: warmup_steps_of(1.0, 10), r"warmup_ratio must lie in \[0, 1\), got 1.0"),
+        (lambda: PolynomialRate(0.0, 10), "peak must be above zero"),
+        (lambda: PolynomialRate(1.0, 10, 11), "warmup must lie between 0 and 10"),
+        (lambda: MaskedLMConfig(max_steps=1, scheme="rope"), "scheme must be one of"),
+        (lambda: MaskedLMConfig(max_steps=1, dropout=1.0), "dropout must lie"),
+        (lambda: MaskedLMConfig(max_steps=1, mask_prob=0.0), "mask_prob must lie"),
+        (lambda: Masking(leave_prob=0.6, random_prob=0.6), "must not exceed 1 together"),
+        (lambda: Masker(10, 10, Masking()), r"mask_token must be in \[0, 10\)"),
+        (lambda: Masker(20, 10, Masking(whole_words=True)), "pass ends_word"),
+        (lambda: Masker(7, 6, Masking()), "tokens to replace with from 7 on"),
+    ],
+)
+def test_bad_inputs(make_it, message):
+    with pytest.raises(InputError, match=message):
+        make_it()
+
+
+_RUN = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import test_masked_lm as here
+from memlm.training.masked_lm_config import MaskedLMConfig
+
+tokenizer = here.train_sentence_tokenizer(here.SENTENCES, 96)
+config = MaskedLMConfig(
+    **here.SMALL, max_steps=4, accumulate=int(sys.argv[3]), dropout=0.0, device="cpu"
+)
+sentences = here.tokenize_sentences(here.SENTENCES, tokenizer)
+here.train_masked_lm(sentences, tokenizer, config, sys.argv[2], quiet=True)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_twice_the_batches(tmp_path):
+    (tmp_path / "run.py").write_text(_RUN)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    here = str(Path(__file__).parent)
+    for processes, accumulate in (("1", "2"), ("2", "1")):
+        subprocess.run(
+            [*torchrun, processes, "run.py", here, f"out-{processes}", accumulate],
+            cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    one, two = (TupeForMaskedLM.from_pretrained(tmp_path / f"out-{n}") for n in "12")
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-4)
