@@ -6,6 +6,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,13 @@ def save(name: str, result: dict[str, Any]) -> None:
     text = json.dumps(value, indent=2)
     (RESULTS / f"{name}.json").write_text(text + "\n", encoding="utf-8")
     print(text)
+
+
+def save_picture(figure: Any, path: Path, title: str, description: str) -> None:
+    """Write a figure of matplotlib; an SVG says to readers of its text what it shows."""
+    figure.savefig(path)
+    if path.suffix == ".svg":
+        text = path.read_text(encoding="utf-8")
+        begin = text.index(">", text.index("<svg")) + 1
+        words = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
+        path.write_text(text[:begin] + words + text[begin:], encoding="utf-8")

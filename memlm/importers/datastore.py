@@ -20,6 +20,7 @@ from memlm.core.config import check
 from memlm.core.files import write_atomic
 from memlm.formats.members import read_members
 from memlm.formats.memmaps import Arrays, read_arrays, unwritten
+from memlm.index.build import check_own
 from memlm.index.partition import AUTOMATON_DIRECTORY, Clusters
 from memlm.memory.knn import INDEX_DIRECTORY
 from memlm.store.reader import Datastore
@@ -80,6 +81,7 @@ def import_datastore(
             f"the index must be of the store's {len(store):,} keys of {store.dim} dimensions, got "
             f"{len(found):,} of {found.dim}; give the index that was built of these keys",
         )
+        check_own(found, store, Path(str(index)))
         found.record = replace(found.record, store_fingerprint=store.fingerprint)
         found.save(store.path / INDEX_DIRECTORY)
     if members is not None:

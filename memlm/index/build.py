@@ -27,7 +27,7 @@ from memlm.index.exact import ExactIndex
 from memlm.index.keys import KeySource, as_keys, load_if_it_fits
 from memlm.index.metrics import prepare_keys
 from memlm.index.plan import IndexConfig, IndexPlan, plan_index
-from memlm.index.recall import measure_recall
+from memlm.index.recall import finds_itself, measure_recall
 from memlm.index.record import RECORD_FILE, IndexRecord
 
 BUILDING_FILE = "building.faiss"
@@ -216,7 +216,27 @@ def load_index(
 
     from memlm.index.faiss_index import FaissIndex
 
-    return FaissIndex.load(directory, nprobe=nprobe, threads=threads)
+    index = FaissIndex.load(directory, nprobe=nprobe, threads=threads)
+    if keys is not None:
+        check_own(index, as_keys(keys), directory)
+    return index
+
+
+def check_own(index: Index, keys: KeySource, path: Path) -> None:
+    """Warn if keys do not find themselves: an index without a fingerprint may be of any store.
+
+    Args:
+        index: of as many keys.
+        keys: that it should be of.
+        path: of the index, for the message.
+    """
+    if not finds_itself(index, keys):
+        warnings.warn(
+            f"keys of the store should find themselves with the index in {path}, but most do not; "
+            "it may be of another store, or far too coarse: build it again",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def has_index(directory: Path) -> bool:

@@ -87,3 +87,23 @@ def _share(wanted: Tensor, found: Tensor) -> float:
     both = torch.cat([wanted, found.to(wanted.device)], dim=1).sort(dim=1).values
     hits = ((both[:, 1:] == both[:, :-1]) & (both[:, 1:] >= 0)).sum()
     return float(hits) / wanted.numel() if wanted.numel() else 1.0
+
+
+def finds_itself(index: Index, keys: KeySource, *, sample: int = 32, seed: int = 1) -> bool:
+    """Whether an index is of these keys: most of a sample of them find themselves.
+
+    A key of the store has its own entry among its nearest eighth (at most 256 entries) by any
+    index worth having; in an index of other keys one in eight does. Stores of fewer than 64 keys
+    are too small to tell.
+
+    Args:
+        index: to test.
+        keys: that it should be of.
+        sample: keys to try.
+        seed: of the sample.
+    """
+    if len(keys) < 64:
+        return True
+    own, held = held_keys(keys, sample, seed)
+    found = index.search(held, min(256, len(keys) // 8)).ids.cpu()
+    return bool((found == own.unsqueeze(1)).any(1).float().mean() >= 0.5)

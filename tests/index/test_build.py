@@ -87,7 +87,7 @@ def test_the_planned_bytes_are_those_of_the_file(tmp_path):
     [
         ("ivf", "IVF32,SQfp16"),
         ("ivfpq", "IVF32,PQ4"),
-        ("opq", "OPQ4,IVF32,PQ4"),
+        pytest.param("opq", "OPQ4,IVF32,PQ4", marks=pytest.mark.slow),
         ("fastscan", "IVF32,PQ8x4fs"),
         ("hnsw", "HNSW32,SQfp16"),
     ],
@@ -356,3 +356,11 @@ def test_writing_needs_no_second_copy(tmp_path, monkeypatch):
     monkeypatch.setattr(faiss, "serialize_index", None)
     faiss_index.write_faiss(index._index, tmp_path / "x.faiss")
     assert faiss_index.read_faiss(tmp_path / "x.faiss").ntotal == len(STORE)
+
+
+def test_an_index_of_other_keys_is_noticed(tmp_path):
+    build_index(STORE, SMALL, directory=tmp_path, store_fingerprint="", quiet=True)
+    other = MemoryStore(normal(12_000, 8, seed=77, dtype=torch.float16), shard=5000)
+    load_index(tmp_path, STORE, store_fingerprint="")
+    with pytest.warns(UserWarning, match="keys of the store should find themselves"):
+        load_index(tmp_path, other, store_fingerprint="")
