@@ -47,8 +47,10 @@ database, whose chunks are looked up in this one (default: the database itself).
     """How its states become one vector; sentence: as sentence-transformers does."""
     batch_size: int = 64
     """embed, neighbours: chunks at once."""
-    index_type: Literal["auto", "exact", "flat", "ivfpq"] = "auto"
-    """index: auto is exact for small databases, else ivfpq."""
+    index_type: Literal["auto", "ivfpq", "opq", "fastscan", "ivf", "hnsw", "flat", "exact"] = "auto"
+    """index: auto is exact for small databases, else as `memlm index` chooses."""
+    memory: float | None = None
+    """index: gigabytes it may take; needs --index-type auto."""
     retriever: Literal["bm25", "dense", "reranked"] = "bm25"
     """neighbours: bm25 needs nothing; dense needs embed and index; reranked puts what dense finds \
 in the order of bm25."""
@@ -118,7 +120,11 @@ in the order of bm25."""
 
         database = self._opened()
         embeddings = Embeddings.open(database.path / DIRECTORY, database)
-        config = IndexConfig(type=self.index_type, recall_k=10)
+        config = IndexConfig(
+            type=self.index_type,
+            memory=None if self.memory is None else int(self.memory * 1e9),
+            recall_k=10,
+        )
         plan = plan_index(len(embeddings), embeddings.dim, config)
         if self.plan:
             show(asdict(plan), "\n".join((plan.text, *plan.warnings)), as_json=self.json)

@@ -43,8 +43,8 @@ def import_retro_data(
         The database and its table, None where no neighbours had been computed.
 
     Raises:
-        InputError: if the files do not fit together.
-        StoreError: if the directory is not empty or cannot be written.
+        InputError: if the files do not fit together, or the directory is not empty.
+        StoreError: if it cannot be written.
     """
     files = read_retro_files(directory, chunk_size=chunk_size, k=k, stem=stem)
     documents = np.asarray(files.documents)

@@ -15,6 +15,7 @@ documents it has, and tokenises only the rest.
 Neither the number of documents nor their sizes are set in advance.
 """
 
+import contextlib
 import shutil
 import time
 from collections import Counter
@@ -31,6 +32,7 @@ from transformers import PreTrainedTokenizerBase
 from memlm.core.config import check
 from memlm.core.errors import FingerprintError, InputError, StoreError
 from memlm.core.files import (
+    TEMPORARY,
     checksum,
     fingerprint,
     read_json,
@@ -230,7 +232,8 @@ def chunk_corpus(
         chunk_size: tokens per chunk.
 
     Raises:
-        StoreError: if the directory is not empty or cannot be written.
+        InputError: if the directory is not empty.
+        StoreError: if it cannot be written.
     """
     path = Path(path)
     config = ChunkConfig(chunk_size=chunk_size)
@@ -297,30 +300,43 @@ class _Writer:
     def complete(self) -> bool:
         return self.manifest["complete"]
 
-    def opened(self, rebuild: bool):
-        """Compare with what is there, and lock the directory for the block."""
+    @contextlib.contextmanager
+    def opened(self, rebuild: bool) -> Iterator[None]:
+        """Hold the directory for the block, compared with what is there."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            others = [entry.name for entry in self.path.iterdir() if entry.name != LOCKS]
+            others = [
+                entry.name
+                for entry in self.path.iterdir()
+                if entry.name != LOCKS and not entry.name.endswith(TEMPORARY)
+            ]
         except OSError as error:
             raise not_writable(self.path, error) from error
-        there = read_manifest(self.path)
-        if there is None and others:
+        if read_manifest(self.path) is None and others:
             raise StoreError(
                 f"{self.path} must be a new or empty directory, or a chunk database, but it holds "
                 f"{', '.join(sorted(others)[:3])}; choose another directory"
             )
-        if there is not None and rebuild:
-            for entry in self.path.iterdir():
-                if entry.name != LOCKS:
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            there = None
-        if there is None:
-            write_json(self.path / MANIFEST, self.manifest)
-        else:
-            self._same_settings(there)
-            self.manifest = there
-        return locked(self.path)
+        with locked(self.path):
+            there = read_manifest(self.path)
+            if there is not None and rebuild:
+                self._clear()
+                there = None
+            if there is None:
+                write_json(self.path / MANIFEST, self.manifest)
+            else:
+                self._same_settings(there)
+                self.manifest = there
+            yield
+
+    def _clear(self) -> None:
+        """Remove everything, the manifest last: until then it is still a database to rebuild."""
+        for entry in self.path.iterdir():
+            if entry.is_dir() and entry.name != LOCKS:
+                shutil.rmtree(entry)
+            elif entry.is_file() and entry.name != MANIFEST:
+                entry.unlink()
+        (self.path / MANIFEST).unlink()
 
     def digests(self, segments: Iterable[Segment]) -> list[str]:
         """Fingerprints of the texts of finished segments, in order."""
