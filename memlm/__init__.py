@@ -42,11 +42,14 @@ if TYPE_CHECKING:
     from memlm.methods.lm_infinite import lm_infinite as lm_infinite
     from memlm.methods.pruning import prune_store as prune_store
     from memlm.methods.retomaton import retomaton as retomaton
+    from memlm.methods.retro import retro_database as retro_database
     from memlm.models.attach import MemoryForCausalLM as MemoryForCausalLM
     from memlm.models.attach import attach as attach
     from memlm.models.extend import extend_context as extend_context
     from memlm.models.extend import restore_context as restore_context
     from memlm.store.deleted import delete_documents as delete_documents
+    from memlm.retrieval.chunks import ChunkDatabase as ChunkDatabase
+    from memlm.retrieval.dataset import RetroDataset as RetroDataset
     from memlm.store.reader import Datastore as Datastore
     from memlm.store.rewrite import compact_store as compact_store
     from memlm.store.rewrite import join_stores as join_stores
@@ -57,6 +60,7 @@ if TYPE_CHECKING:
 _HOME = {
     "AutomatonMemory": "memlm.memory.automaton",
     "BlockWindows": "memlm.data.windows",
+    "ChunkDatabase": "memlm.retrieval.chunks",
     "ClusterConfig": "memlm.index.cluster",
     "Datastore": "memlm.store.reader",
     "Document": "memlm.data.documents",
@@ -67,6 +71,7 @@ _HOME = {
     "MemlmError": "memlm.core.errors",
     "MemoryForCausalLM": "memlm.models.attach",
     "Mixture": "memlm.core.merges",
+    "RetroDataset": "memlm.retrieval.dataset",
     "SkippingMemory": "memlm.memory.skipping",
     "SlidingWindows": "memlm.data.windows",
     "StrideWindows": "memlm.data.windows",
@@ -90,6 +95,7 @@ _HOME = {
     "read_documents": "memlm.data.documents",
     "restore_context": "memlm.models.extend",
     "retomaton": "memlm.methods.retomaton",
+    "retro_database": "memlm.methods.retro",
     "tokenize": "memlm.data.tokens",
     "train_causal_lm": "memlm.training.causal_lm",
     "train_tokenizer": "memlm.training.tokenizer",

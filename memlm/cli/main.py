@@ -19,6 +19,7 @@ from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
 from memlm.cli.generate import Generate
 from memlm.cli.index import BuildIndex
+from memlm.cli.retro import Retro
 from memlm.cli.train import Train
 from memlm.cli.verify import Verify
 from memlm.core.errors import MemlmError
@@ -29,6 +30,7 @@ _VERBS: dict[str, Any] = {
     "build": Build,
     "index": BuildIndex,
     "cluster": Cluster,
+    "retro": Retro,
     "evaluate": Evaluate,
     "generate": Generate,
     "delete": Delete,
