@@ -3,10 +3,11 @@
     python -m benchmarks.bench_tupe_schemes --data DATA --out runs/schemes
     python -m benchmarks.bench_tupe_schemes --data DATA --out runs/schemes --glue cola rte stsb
 
-One vocabulary and one stream of blocks for all; models of 4 layers and width 128; every run reads the
-same blocks with the same masks. The headline pair, TUPE-R and BERT-R, is run with several seeds, the
-other schemes with one. Held-out text is the corpus' own validation split, its masks fixed. Says at
-which step a scheme first goes below the final held-out loss of BERT-A. Repeat the command to go on.
+One vocabulary and one stream of blocks for all; models of 4 layers and width 128; every run reads
+the same blocks with the same masks. The headline pair, TUPE-R and BERT-R, is run with several
+seeds, the other schemes with one. Held-out text is the corpus' own validation split, its masks
+fixed. Says at which step a scheme first goes below the final held-out loss of BERT-A. Repeat the
+command to go on.
 """
 
 import argparse
@@ -74,10 +75,13 @@ def main():
             last[scheme, seed] = run["held_out"]["loss"]
             rows.append(
                 {
-                    "scheme": scheme, "seed": seed, "parameters": run["parameters"],
-                    "held_out_nats": run["held_out"]["loss"], "curve": curve,
+                    "scheme": scheme,
+                    "seed": seed,
+                    "parameters": run["parameters"],
+                    "held_out_nats": run["held_out"]["loss"],
+                    "curve": curve,
                     "seconds": run["seconds"],
-                }  # fmt: skip
+                }
             )
     goal = last[BASELINE, options.seeds[0]]
     for row in rows:

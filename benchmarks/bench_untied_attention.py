@@ -2,9 +2,9 @@
 
     python -m benchmarks.bench_untied_attention
 
-Two layers of width 256 with 4 heads, 4,096 tokens in a batch (one row at least), a vocabulary of 512,
-float32. Every case runs in a process of its own; its peak is the greatest resident memory minus that
-before the first step. Times are medians of the steps after the first.
+Two layers of width 256 with 4 heads, 4,096 tokens in a batch (one row at least), a vocabulary of
+512, float32. Every case runs in a process of its own; its peak is the greatest resident memory
+minus that before the first step. Times are medians of the steps after the first.
 """
 
 import argparse

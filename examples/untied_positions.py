@@ -18,6 +18,8 @@ VOCAB, WIDTH, HEADS, TIME = 16, 32, 2, 12
 
 
 class Layer(nn.Module):
+    """Attention over words and positions, without a feed-forward."""
+
     def __init__(self, scale: float):
         super().__init__()
         self.scale = scale
@@ -26,12 +28,15 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(WIDTH)
 
     def forward(self, x: torch.Tensor, terms: PositionTerms) -> torch.Tensor:
+        """``(batch, time, width)`` to the same."""
         heads = self.project(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
         mixed = untied_attention(*heads, terms, scale=self.scale)
         return self.norm(x + self.mix(mixed.transpose(1, 2).flatten(2)))
 
 
 class Encoder(nn.Module):
+    """Two layers that share their position terms."""
+
     def __init__(self):
         super().__init__()
         self.words = nn.Embedding(VOCAB, WIDTH)
@@ -42,6 +47,7 @@ class Encoder(nn.Module):
         self.head = nn.Linear(WIDTH, VOCAB)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """``(batch, time)`` tokens to scores of the vocabulary."""
         x, terms = self.words(tokens), self.positions(tokens.shape[1])  # once for all layers
         for layer in self.layers:
             x = layer(x, terms)

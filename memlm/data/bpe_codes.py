@@ -7,6 +7,7 @@ Equal counts are merged in the order of first appearance (fastBPE's order depend
 
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 from memlm.core.errors import CorruptStoreError, InputError
@@ -44,7 +45,7 @@ class BpeCodes:
         while len(parts) > 1:
             ranked = [
                 (self.ranks.get(pair, len(self.ranks)), place)
-                for place, pair in enumerate(zip(parts, parts[1:], strict=False))
+                for place, pair in enumerate(pairwise(parts))
             ]
             rank, _ = min(ranked)
             if rank == len(self.ranks):
@@ -88,7 +89,7 @@ def learn_codes(lines: Iterable[str], merges: int) -> list[tuple[str, str, int]]
     for _ in range(merges):
         pairs: Counter[Pair] = Counter()
         for parts, count in words:
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 pairs[pair] += count
         if not pairs:
             break

@@ -6,10 +6,10 @@
     replace      addresses and file names become <url>, <email>, <file>; hyphens stand apart
     once         exact repetitions of a line are dropped
 
-(Ke et al. 2021, appendix; the authors' scripts.) The stages are functions of strings, so any of them
-can be left out. Not here: Moses' Perl scripts. Sentences are split by a plain rule instead of spaCy:
-after . ! ? and closing quotes. Differs from the authors' scripts in two places, where theirs lose
-text: `merge_short` keeps a last paragraph without an end and takes several blank lines
+(Ke et al. 2021, appendix; the authors' scripts.) The stages are functions of strings, so any of
+them can be left out. Not here: Moses' Perl scripts. Sentences are split by a plain rule instead of
+spaCy: after . ! ? and closing quotes. Differs from the authors' scripts in two places, where theirs
+lose text: `merge_short` keeps a last paragraph without an end and takes several blank lines
 (``legacy=True`` drops and refuses as they do).
 """
 
@@ -18,6 +18,7 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 from memlm.core.errors import InputError
 
@@ -181,7 +182,7 @@ def merge_short(sentences: list[str]) -> list[str]:
     while len(sentences) > 1 and min(len(one.split()) for one in sentences) < SHORT:
         costs = [
             len(left.split()) + len(right.split()) + (SHORT if left.endswith(_ENDS) else 0)
-            for left, right in zip(sentences, sentences[1:], strict=False)
+            for left, right in pairwise(sentences)
         ]
         place = costs.index(min(costs))
         if costs[place] > LONG:

@@ -1,9 +1,9 @@
 """The tasks of GLUE (Wang et al. 2019): where texts and labels are, what is measured.
 
-Read from the official tab-separated files, compressed or not (columns by number, since headers differ),
-from a folder that ``datasets`` saved, or from the Hub under the task's name in ``nyu-mll/glue``.
-Classes are in GLUE's order. The TUPE authors' code numbers them by their frequency in training
-instead, the most frequent first; ``by_frequency`` does that.
+Read from the official tab-separated files, compressed or not (columns by number, since headers
+differ), from a folder that ``datasets`` saved, or from the Hub under the task's name in
+``nyu-mll/glue``. Classes are in GLUE's order. The TUPE authors' code numbers them by their
+frequency in training instead, the most frequent first; ``by_frequency`` does that.
 """
 
 import gzip

@@ -1,7 +1,8 @@
 """Data that the TUPE authors' preprocessing made: dictionaries, blocks, GLUE pairs.
 
 Their dictionaries have three more special words than fairseq's (``<file>``, ``<email>``, ``<url>``
-at 4 to 6) and get ``<mask>`` last. GLUE folders hold ``input0``, ``input1`` and ``label``; a sample is
+at 4 to 6) and get ``<mask>`` last. GLUE folders hold ``input0``, ``input1`` and ``label``; a sample
+is
 
     <s> input0 </s> </s> input1 </s>                cut at the end to the longest length
 

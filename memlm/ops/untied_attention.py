@@ -275,7 +275,7 @@ def fold(
     Returns:
         Both with the same, greater width, a multiple of 8 if it grew.
     """
-    batch, heads, queries, dim = query.shape
+    batch, heads, queries, _ = query.shape
     time = key.shape[2]
     lefts, rights = [query], [key]
 

@@ -80,7 +80,10 @@ def finetune(
     splits = {split: read_glue(task, source, split) for split in ("train", *task.held_out)}
     if task.classes and config.legacy_classes:
         ranks = by_frequency(splits["train"].labels)
-        splits = {name: one._replace(labels=ranks[one.labels.astype(np.int64)]) for name, one in splits.items()}
+        splits = {
+            name: one._replace(labels=ranks[one.labels.astype(np.int64)])
+            for name, one in splits.items()
+        }
     data = {name: _tokenize(one, tokenizer, config.max_length) for name, one in splits.items()}
     runs = []
     for rate in config.learning_rates:

@@ -45,3 +45,23 @@ def test_positions(encoder, tmp_path, capsys):
     assert picture.stat().st_size > 1000
     assert main(["positions", str(encoder), "--length", "2"]) == 2
     assert "length must be at least 3" in capsys.readouterr().err
+
+
+def test_pretraining(tmp_path, capsys):
+    names = ("Ada", "Ben", "Cleo", "Dan")
+    lines = [
+        f"{one} walked with {two} along the river until the sun went down, and {three} came too."
+        for one in names for two in names for three in names
+    ]  # fmt: skip
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    command = ["train", str(tmp_path / "text.txt"), "--method", "tupe", "--vocab-size", "96"]
+    command += ["--out", str(tmp_path / "model"), "--max-steps", "2", "--threads", "1", "--set"]
+    command += ["scheme=tupe-a", "layers=1", "hidden_size=16", "heads=2", "block_length=48"]
+    assert main([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["lines"]["read"] == found["lines"]["once"] == 64
+    assert TupeForMaskedLM.from_pretrained(tmp_path / "model").config.scheme == "tupe-a"
+    assert main([*command[:2], "--method", "tupe", "--out", "x", "--preset", "base", "--plan"]) == 0
+    assert "12 layers of 768" in capsys.readouterr().out
+    assert main([*command[:2], "--method", "tupe", "--out", "x", "--model", "gpt2"]) == 2
+    assert "does not read --model" in capsys.readouterr().err

@@ -62,11 +62,17 @@ def test_collated():
     assert batch["labels"][1].tolist() == [-100] * 4
 
 
-@given(st.lists(st.integers(1, 20), max_size=30), st.integers(1, 25), st.sampled_from(["none", "complete", "eos"]))
+@given(
+    st.lists(st.integers(1, 20), max_size=30),
+    st.integers(1, 25),
+    st.sampled_from(["none", "complete", "eos"]),
+)
 @settings(max_examples=60, deadline=None)
 def test_blocks_hold_everything_once(lengths, size, mode):
     slices = cut_blocks(np.array(lengths, np.int64), size, mode).slices
-    assert [token for begin, end in slices for token in range(begin, end)] == list(range(sum(lengths)))
+    assert [token for begin, end in slices for token in range(begin, end)] == list(
+        range(sum(lengths))
+    )
     if mode == "none":
         assert all(end - begin <= size for begin, end in slices)
 

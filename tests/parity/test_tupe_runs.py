@@ -19,7 +19,9 @@ IGNORED = -100
 
 def batches(folder, split):
     arrays = np.load(folder / f"{split}_batches.npz")
-    numbers = sorted(name.removeprefix("src_tokens_") for name in arrays.files if "src_tokens" in name)
+    numbers = sorted(
+        name.removeprefix("src_tokens_") for name in arrays.files if "src_tokens" in name
+    )
     for number in numbers:
         target = torch.from_numpy(arrays[f"target_{number}"])
         yield torch.from_numpy(arrays[f"src_tokens_{number}"]), target
@@ -30,7 +32,9 @@ def replay(model, folder, labels_of, rates):
     steps = json.loads((folder / "steps.json").read_text())["train"]
     optimizer = FairseqAdam(model.parameters(), lr=steps[0]["lr"], weight_decay=0.01)
     model.train()
-    for number, ((tokens, target), step) in enumerate(zip(batches(folder, "train"), steps, strict=True)):
+    for number, ((tokens, target), step) in enumerate(
+        zip(batches(folder, "train"), steps, strict=True)
+    ):
         optimizer.zero_grad()
         loss = model(tokens, labels=labels_of(target), num_items_in_batch=step["ss"]).loss
         assert loss.item() * step["ss"] == pytest.approx(step["loss"], rel=1e-4)
@@ -46,7 +50,9 @@ def replay(model, folder, labels_of, rates):
 
 def check_weights(found, expected):
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=2e-4, rtol=0, msg=lambda m, n=name: n + m)
+        torch.testing.assert_close(
+            found[name], value, atol=2e-4, rtol=0, msg=lambda m, n=name: n + m
+        )
 
 
 def without_dropout(imported):
@@ -133,7 +139,10 @@ def test_databin(golden_tupe_databin):
 
 def check_glue(folder, decoded):
     for name in ("input0", "input1"):
-        assert list(read_tupe_dictionary(folder / name, mask=False).words) == decoded[f"{name}/symbols"]
+        assert (
+            list(read_tupe_dictionary(folder / name, mask=False).words)
+            == decoded[f"{name}/symbols"]
+        )
         for split in ("train", "valid"):
             items = [item.tolist() for item in read_sentences(folder / name / split)]
             assert items == decoded[f"{name}/{split}"]["items"]

@@ -51,7 +51,9 @@ def test_lengths_beyond_training():
         short, long = spread(8), spread(14)
         torch.testing.assert_close(long.query[:, :, -1], short.query[:, :, -1])
         torch.testing.assert_close(long.query[:, :, 1], short.query[:, :, 1])
-        torch.testing.assert_close(long.query[:, :, 3], short.query[:, :, 2])  # 13 steps over 7 rows
+        torch.testing.assert_close(
+            long.query[:, :, 3], short.query[:, :, 2]
+        )  # 13 steps over 7 rows
         assert torch.equal(spread(8).query, short.query)
 
 

@@ -43,27 +43,37 @@ def make_model(tokenizer):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["cola", "stsb", "mnli"])
-def test_a_grid(name, tokenizer, tmp_path):
+def grid(name, tokenizer, out, **changes):
     task = glue_task(name)
-    data = {split: rows(task, 32, seed) for seed, split in enumerate(("train", *task.held_out))}
-    config = FinetuneConfig(
-        task=name, learning_rates=(3e-3, 1e-9), seeds=(1, 2), epochs=4, batch_size=8, max_length=32,
-        precision="float32", threads=1,
-    )  # fmt: skip
-    table = finetune(make_model(tokenizer), tokenizer, data, config, tmp_path, quiet=True)
-    assert table["best_rate"] == 3e-3
-    headline = f"{task.held_out[0]} {task.metrics[0]}"
-    assert table["best"][headline] > 0.9
+    data = {split: rows(task, 48, seed) for seed, split in enumerate(("train", *task.held_out))}
+    settings = {
+        "learning_rates": (1e-2,), "seeds": (1,), "epochs": 5, "batch_size": 8, "max_length": 32,
+        "precision": "float32", "threads": 1,
+    }  # fmt: skip
+    config = FinetuneConfig(task=name, **{**settings, **changes})
+    return lambda make: finetune(make, tokenizer, data, config, out, quiet=True)
+
+
+@pytest.mark.parametrize("name", ["stsb", "mnli"])
+def test_a_run(name, tokenizer, tmp_path):
+    task = glue_task(name)
+    table = grid(name, tokenizer, tmp_path)(make_model(tokenizer))
+    assert table["best"][f"{task.held_out[0]} {task.metrics[0]}"] > 0.9
     assert set(table["best"]) == {f"{s} {m}" for s in task.held_out for m in task.metrics}
+
+
+def test_a_grid(tokenizer, tmp_path):
+    run = grid("cola", tokenizer, tmp_path, learning_rates=(1e-2, 1e-9), seeds=(1, 2))
+    table = run(make_model(tokenizer))
+    assert table["best_rate"] == 1e-2
+    assert table["best"]["validation matthews"] > 0.9
     assert "median of 2 seeds" in describe_table(table)
     assert not list(tmp_path.glob("*/model.safetensors"))
 
     def fail(labels):
         raise AssertionError("a finished run must not be repeated")
 
-    again = finetune(fail, tokenizer, data, config, tmp_path, quiet=True)
-    assert again["medians"] == table["medians"]
+    assert run(fail)["medians"] == table["medians"]
 
 
 def test_classes_by_frequency():
@@ -84,7 +94,17 @@ def test_pooled_metrics_are_not_means_of_batches():
         score(["bleu"], predicted, labels)
 
 
-WIDTHS = {"cola": 4, "sst2": 2, "mrpc": 5, "qqp": 6, "stsb": 10, "mnli": 12, "qnli": 4, "rte": 4, "wnli": 4}
+WIDTHS = {
+    "cola": 4,
+    "sst2": 2,
+    "mrpc": 5,
+    "qqp": 6,
+    "stsb": 10,
+    "mnli": 12,
+    "qnli": 4,
+    "rte": 4,
+    "wnli": 4,
+}
 
 
 @pytest.mark.parametrize("name", list(TASKS))
@@ -108,7 +128,7 @@ def test_similarities_before_glue(tmp_path):
     import lzma
 
     for name in ("sts-train.csv.xz", "sts-dev.csv.xz"):
-        line = "main\tfile\t2012\t0001\t5.000\tA plane.\tAn \"air\" plane.\tsource"
+        line = 'main\tfile\t2012\t0001\t5.000\tA plane.\tAn "air" plane.\tsource'
         (tmp_path / name).write_bytes(lzma.compress(line.encode()))
     found = read_glue(glue_task("STS-B"), tmp_path, "validation")
     assert (found.texts, found.labels.tolist()) == ([("A plane.", 'An "air" plane.')], [1.0])
@@ -129,13 +149,17 @@ def test_labels_are_checked(tmp_path):
     (tmp_path / "train.tsv").write_text("id\ta\tb\tlabel\n1\tx\ty\tmaybe\n")
     with pytest.raises(InputError, match="must be one of entailment, not_entailment, got 'maybe'"):
         read_glue(glue_task("RTE"), tmp_path, "train")
-    with pytest.raises(InputError, match="must hold dev.tsv for split"):
+    with pytest.raises(InputError, match=r"must hold dev\.tsv for split"):
         read_glue(glue_task("RTE"), tmp_path, "validation")
     (tmp_path / "train.tsv").write_text("id\ta\tb\tlabel\n1\tx\n")
-    with pytest.raises(InputError, match="line 2 of .* must have at least 4 fields, got 2"):
+    with pytest.raises(InputError, match=r"line 2 of .* must have at least 4 fields, got 2"):
         read_glue(glue_task("RTE"), tmp_path, "train")
     with pytest.raises(InputError, match="labels of stsb must be numbers"):
-        read_glue(glue_task("stsb"), {"train": [{"sentence1": "", "sentence2": "", "label": "x"}]}, "train")
+        read_glue(
+            glue_task("stsb"),
+            {"train": [{"sentence1": "", "sentence2": "", "label": "x"}]},
+            "train",
+        )
     with pytest.raises(InputError, match="must have the field 'sentence2'"):
         read_glue(glue_task("rte"), {"train": [{"sentence1": "", "label": 0}]}, "train")
     with pytest.raises(InputError, match="must have a split 'train', got dev"):

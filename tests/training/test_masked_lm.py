@@ -20,9 +20,9 @@ from memlm.training.masked_lm_config import MaskedLMConfig
 from memlm.training.polynomial import PolynomialRate, warmup_steps_of
 from memlm.training.sentence_tokenizer import train_sentence_tokenizer
 
-WORDS = "alpha beta gamma delta epsilon zeta eta theta".split()
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta"]
 SENTENCES = [
-    f"the {one} cat of {two} sat on the {one} mat and looked at {three} ."
+    f"the {one} cat of {two} sat on the {one} mat and looked at {three} for the whole evening ."
     for one in WORDS
     for two in WORDS
     for three in WORDS[:2]
@@ -65,7 +65,9 @@ def test_an_epoch_reads_every_block_once(tokenizer, sentences):
         seen = set()
         for item in range(epoch * len(blocks), (epoch + 1) * len(blocks)):
             example = blocks[item]
-            original = torch.where(example["labels"] == -100, example["input_ids"], example["labels"])
+            original = torch.where(
+                example["labels"] == -100, example["input_ids"], example["labels"]
+            )
             seen.add(tuple(original.tolist()))
             assert len(original) <= 48
             assert original[0] == 0
@@ -82,7 +84,7 @@ def test_a_resumed_run_goes_on_identically(tokenizer, sentences, tmp_path):
     config = MaskedLMConfig(**SMALL, max_steps=6, save_every=3, optimizer="fairseq_adam")
     whole = train_masked_lm(sentences, tokenizer, config, tmp_path / "whole", quiet=True)
 
-    class Stop(RuntimeError):
+    class StopError(RuntimeError):
         pass
 
     from transformers import TrainerCallback
@@ -90,9 +92,9 @@ def test_a_resumed_run_goes_on_identically(tokenizer, sentences, tmp_path):
     class Kill(TrainerCallback):
         def on_step_end(self, args, state, control, **_):
             if state.global_step == 4:
-                raise Stop
+                raise StopError
 
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_masked_lm(
             sentences, tokenizer, config, tmp_path / "cut", quiet=True, callbacks=[Kill()]
         )
@@ -106,7 +108,9 @@ def test_a_resumed_run_goes_on_identically(tokenizer, sentences, tmp_path):
 def test_pretraining_learns(tmp_path):
     documents = [Document(str(n), "\n".join(SENTENCES[n::4])) for n in range(4)]
     counts = CorpusCounts()
-    config = MaskedLMConfig(**SMALL, max_steps=30, learning_rate=3e-3, whole_words=True, dropout=0.0)
+    config = MaskedLMConfig(
+        **SMALL, max_steps=30, learning_rate=3e-3, whole_words=True, dropout=0.0
+    )
     model = pretrain_tupe(documents, tmp_path, config, vocab_size=96, counts=counts, quiet=True)
     assert isinstance(TupeForMaskedLM.from_pretrained(tmp_path), TupeForMaskedLM)
     summary = json.loads((tmp_path / "training.json").read_text())
@@ -119,7 +123,11 @@ def test_pretraining_learns(tmp_path):
 
 def test_published_recipe():
     config = MaskedLMConfig.published()
-    assert (config.max_steps, config.warmup_steps, config.optimizer) == (1_000_000, 10_000, "fairseq_adam")
+    assert (config.max_steps, config.warmup_steps, config.optimizer) == (
+        1_000_000,
+        10_000,
+        "fairseq_adam",
+    )
     rate = PolynomialRate(1e-4, 100, 10)
     assert [rate(0), rate(10), rate(100)] == [0.0, 1e-4, 0.0]
     assert [warmup_steps_of(r, 10) for r in (0.0, 0.06, 0.5)] == [0, 1, 5]

@@ -1,11 +1,12 @@
 """Untie the positions of a trained BERT or RoBERTa, to go on training from there.
 
 Its position vectors p_i become TUPE's, with layer 1's projections: P = p, U_Q = W_Q, U_K = W_K of
-layer 1, under the LayerNorm of its embeddings. Content projections and U_Q, U_K grow by sqrt(2)^(1/2)
-each, since a score is now scaled by (2 d)^-1/2 instead of d^-1/2. BERT's vector of segment 0 goes
-into the token vectors, the reset's rows start at the mean position, bucket biases at zero. It is a
-starting point, not the same function: train it further before use. With scheme ``"bert-a"`` it is
-the same function (logits up to one number per row): the model in this library's form.
+layer 1, under the LayerNorm of its embeddings. Content projections and U_Q, U_K grow by
+sqrt(2)^(1/2) each, since a score is now scaled by (2 d)^-1/2 instead of d^-1/2. BERT's vector of
+segment 0 goes into the token vectors, the reset's rows start at the mean position, bucket biases at
+zero. It is a starting point, not the same function: train it further before use. With scheme
+``"bert-a"`` it is the same function (logits up to one number per row): the model in this library's
+form.
 """
 
 from typing import Any
