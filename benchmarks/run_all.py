@@ -5,7 +5,13 @@ import sys
 
 from benchmarks import tables
 
-BENCHMARKS = ("bench_import", "bench_extraction", "bench_evaluation", "bench_automaton")
+BENCHMARKS = (
+    "bench_import",
+    "bench_extraction",
+    "bench_evaluation",
+    "bench_automaton",
+    "bench_trime",
+)
 
 
 def main():

@@ -36,26 +36,36 @@ if TYPE_CHECKING:
     from memlm.memory.automaton import AutomatonMemory as AutomatonMemory
     from memlm.memory.knn import KnnMemory as KnnMemory
     from memlm.memory.local import LocalMemory as LocalMemory
+    from memlm.memory.long import LongMemory as LongMemory
     from memlm.memory.skipping import SkippingMemory as SkippingMemory
+    from memlm.memory.together import Together as Together
     from memlm.methods.knn_lm import index_store as index_store
     from memlm.methods.knn_lm import knn_lm as knn_lm
     from memlm.methods.lm_infinite import lm_infinite as lm_infinite
     from memlm.methods.pruning import prune_store as prune_store
     from memlm.methods.retomaton import retomaton as retomaton
     from memlm.methods.retro import retro_database as retro_database
+    from memlm.methods.trime import trime as trime
+    from memlm.methods.tupe import pretrain_tupe as pretrain_tupe
     from memlm.models.attach import MemoryForCausalLM as MemoryForCausalLM
     from memlm.models.attach import attach as attach
     from memlm.models.extend import extend_context as extend_context
     from memlm.models.extend import restore_context as restore_context
-    from memlm.store.deleted import delete_documents as delete_documents
+    from memlm.models.tupe.config import TupeConfig as TupeConfig
+    from memlm.models.tupe.heads import TupeForMaskedLM as TupeForMaskedLM
+    from memlm.models.tupe.retrofit import untie_positions as untie_positions
+    from memlm.positions.untied import UntiedPositions as UntiedPositions
     from memlm.retrieval.chunks import ChunkDatabase as ChunkDatabase
     from memlm.retrieval.dataset import RetroDataset as RetroDataset
+    from memlm.store.deleted import delete_documents as delete_documents
     from memlm.store.reader import Datastore as Datastore
     from memlm.store.rewrite import compact_store as compact_store
     from memlm.store.rewrite import join_stores as join_stores
     from memlm.training.causal_lm import TrainConfig as TrainConfig
     from memlm.training.causal_lm import train_causal_lm as train_causal_lm
+    from memlm.training.finetune import finetune as finetune
     from memlm.training.tokenizer import train_tokenizer as train_tokenizer
+
 
 _HOME = {
     "AutomatonMemory": "memlm.memory.automaton",
@@ -68,6 +78,7 @@ _HOME = {
     "IndexConfig": "memlm.index.plan",
     "KnnMemory": "memlm.memory.knn",
     "LocalMemory": "memlm.memory.local",
+    "LongMemory": "memlm.memory.long",
     "MemlmError": "memlm.core.errors",
     "MemoryForCausalLM": "memlm.models.attach",
     "Mixture": "memlm.core.merges",
@@ -75,9 +86,13 @@ _HOME = {
     "SkippingMemory": "memlm.memory.skipping",
     "SlidingWindows": "memlm.data.windows",
     "StrideWindows": "memlm.data.windows",
+    "Together": "memlm.memory.together",
     "TokenCorpus": "memlm.data.tokens",
     "TrainConfig": "memlm.training.causal_lm",
+    "TupeConfig": "memlm.models.tupe.config",
+    "TupeForMaskedLM": "memlm.models.tupe.heads",
     "Union": "memlm.core.merges",
+    "UntiedPositions": "memlm.positions.untied",
     "attach": "memlm.models.attach",
     "build_datastore": "memlm.extract.build",
     "cluster_store": "memlm.index.cluster",
@@ -86,11 +101,13 @@ _HOME = {
     "evaluate": "memlm.evaluation.perplexity",
     "export_datastore": "memlm.importers.datastore",
     "extend_context": "memlm.models.extend",
+    "finetune": "memlm.training.finetune",
     "import_datastore": "memlm.importers.datastore",
     "index_store": "memlm.methods.knn_lm",
     "join_stores": "memlm.store.rewrite",
     "knn_lm": "memlm.methods.knn_lm",
     "lm_infinite": "memlm.methods.lm_infinite",
+    "pretrain_tupe": "memlm.methods.tupe",
     "prune_store": "memlm.methods.pruning",
     "read_documents": "memlm.data.documents",
     "restore_context": "memlm.models.extend",
@@ -99,7 +116,9 @@ _HOME = {
     "tokenize": "memlm.data.tokens",
     "train_causal_lm": "memlm.training.causal_lm",
     "train_tokenizer": "memlm.training.tokenizer",
+    "trime": "memlm.methods.trime",
     "tune": "memlm.evaluation.tune",
+    "untie_positions": "memlm.models.tupe.retrofit",
 }
 
 __all__ = ["__version__", *_HOME]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -86,7 +86,7 @@ def evaluate(
             goes, or ``"window"``, beginning empty in each (but for what a `LongMemory` keeps).
             Without state it changes nothing.
         walk_rows: documents that a memory with state walks side by side; more is faster, and takes
-            ``length * dim`` numbers for each.
+            ``length * dim`` numbers for each, and ``size * dim`` for a `LongMemory`.
         leave_out: what a scored token must not find where the store was made of the very same
             text: ``"position"``, its own entry, or ``"document"``, all of its document.
         threads: CPU threads of torch during the evaluation; None: as they are.
@@ -140,6 +140,8 @@ def evaluate(
         )
         if memory is not None:
             check_match(model, memory, plan.tap)
+        if interpolate is not None:
+            check_match(model, interpolate[0], plan.tap)
         sums, figures = _Sums(plan, keep_tokens), Figures()
         with bar(
             int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
@@ -273,15 +275,16 @@ def protocol_of(
         "memory": None if memory is None else memory.describe(),
         "merge": None if merge is None else merge.to_dict(),
         "carry": None if stateless else carry,
-        "state": None if stateless else _state_words(plan, carry),
+        "state": None if stateless else _state_words(plan, memory, carry),
     }
 
 
-def _state_words(plan: Pass, carry: str) -> str:
-    if carry == "window":
-        return "state begins empty in each window"
+def _state_words(plan: Pass, memory: TokenMemory | None, carry: str) -> str:
     across = carries_over_documents(plan.table, plan.corpus)
-    return f"state carried over windows, through {'the text' if across else 'each document'}"
+    reach = f"carried over windows, through {'the text' if across else 'each document'}"
+    if getattr(memory, "spans_windows", False):
+        return f"long-term memory {reach}; local memory begins empty in each window"
+    return "state begins empty in each window" if carry == "window" else f"state {reach}"
 
 
 def choose_tap(tap: str, memory: TokenMemory | None) -> str:

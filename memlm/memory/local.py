@@ -173,6 +173,10 @@ class LocalMemory(Config):
         check(0 <= length <= seen, f"length must lie between 0 and {seen}, got {length}")
         return state.crop(length)
 
+    def finish(self, state: LocalState) -> LocalState:
+        """The state at the beginning of the next window: nothing seen yet."""
+        return self.init_state(len(state.tokens))
+
     @property
     def windowed(self) -> bool:
         """Whether whole windows can be scored at once: for dot products."""

@@ -102,13 +102,13 @@ class Together:
 
     def finish(self, state: Any) -> Any:
         """The state at the beginning of the next window: see `LongMemory.finish`."""
-        states = []
-        for member, own in self._each(state):
-            if hasattr(member, "finish"):
-                states.append(member.finish(own))  # type: ignore[attr-defined]
-            else:  # begins empty in every window
-                states.append(None if own is None else member.init_state(_rows(state)))
-        return self._state(states, state)
+        return self._state(
+            [
+                member.finish(own) if hasattr(member, "finish") else own  # type: ignore[attr-defined]
+                for member, own in self._each(state)
+            ],
+            state,
+        )
 
     @property
     def windowed(self) -> bool:
@@ -164,7 +164,3 @@ class Together:
     def _union(self, partials: list[TargetPartial]) -> TargetPartial:
         dtype = max((part.lse.dtype for part in partials), key=lambda dtype: dtype.itemsize)
         return union(*(TargetPartial(*(half.to(dtype) for half in part)) for part in partials))
-
-
-def _rows(state: Any) -> int:
-    return next(len(own.tokens) for own in state if hasattr(own, "tokens"))

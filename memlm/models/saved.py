@@ -20,6 +20,8 @@ from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.automaton_config import AutomatonConfig
 from memlm.memory.knn import KnnConfig, KnnMemory
 from memlm.memory.local import LocalMemory
+from memlm.memory.long import LongMemory
+from memlm.memory.together import Together
 from memlm.models.fingerprint import model_hash
 from memlm.store.manifest import MANIFEST
 from memlm.store.reader import Datastore
@@ -102,7 +104,10 @@ def load_base(
 def write_memory(memory: TokenMemory, directory: str) -> dict[str, Any]:
     """What is needed to find a memory again: its store, its settings, its description."""
     saved: dict[str, Any] = {"description": memory.describe()}
-    if isinstance(memory, LocalMemory):
+    if isinstance(memory, Together):
+        saved["members"] = [write_memory(member, directory) for member in memory.members]
+        return saved
+    if isinstance(memory, LocalMemory | LongMemory):
         saved["settings"] = memory.to_dict()
     elif isinstance(memory, KnnMemory | AutomatonMemory):
         saved["settings"] = memory.config.to_dict()
@@ -132,10 +137,13 @@ def load_memory(
         StoreError: if the store is not where it was.
         FingerprintError: if it is another store.
     """
+    if members := saved.get("members"):
+        return Together(*(load_memory(member, directory, store) for member in members))
     settings = saved.get("settings", {})
     kind = settings.get("kind")
-    if kind == LocalMemory.__name__:
-        return LocalMemory.from_dict(settings)
+    for dense in (LocalMemory, LongMemory):
+        if kind == dense.__name__:
+            return dense.from_dict(settings)
     if "store" in saved and kind in (KnnConfig.__name__, AutomatonConfig.__name__):
         opened = _open_store(saved["store"], directory, store)
         if kind == KnnConfig.__name__:

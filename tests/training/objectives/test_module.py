@@ -223,3 +223,20 @@ def test_bad_batches():
 def test_bad_settings(settings, message):
     with pytest.raises(InputError, match=message):
         Objective(**settings)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("method", METHODS)
+def test_a_compiled_module_gives_the_same(method):
+    """The body is one graph; hooks and the tiles of the memory run between graphs."""
+    batch, model = make_batch(), tiny_model("llama")
+    module = ObjectiveModule(model, Objective(method=method, drop_own=0.0))
+    expected = module(batch).loss_sum
+    found = torch.compile(module, backend="aot_eager")(batch).loss_sum
+    torch.testing.assert_close(found, expected)
+    ours, theirs = (
+        torch.autograd.grad(loss, list(model.parameters())) for loss in (found, expected)
+    )
+    for our, their in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(our, their, rtol=1e-4, atol=1e-5)
