@@ -123,7 +123,9 @@ def bank_lse(
             f"queries: got {tuple(query.shape)} and {tuple(bank.keys.shape)}; reshape one of them"
         )
     function = _reference if impl == "reference" else _chunked
-    return function(query, bank, targets, places, visibility, scale)
+    # scores are sums of products of many terms: not in the reduced precision of autocast
+    with torch.autocast(query.device.type, enabled=False):
+        return function(query, bank, targets, places, visibility, scale)
 
 
 def _reference(query, bank, targets, places, visibility, scale) -> TargetPartial:

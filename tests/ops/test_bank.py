@@ -86,6 +86,17 @@ def test_bfloat16_accumulates_in_float32():
     assert score(query, bank, targets, "long", "auto").lse.dtype == torch.float32
 
 
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_autocast_does_not_reach_the_scores(impl):
+    query, bank, targets = make(dtype=torch.float32)
+    expected = score(query, bank, targets, "long", impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = score(query, bank, targets, "long", impl)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
 def test_dimensions_must_agree():
     query, bank, targets = make()
     with pytest.raises(InputError, match="must have one dimension: got 3 and 4"):

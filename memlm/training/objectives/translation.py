@@ -75,7 +75,8 @@ def translation_memory(
 
 
 def _similarity(query: Tensor, keys: Tensor, metric: str) -> Tensor:
-    product = query @ keys.T
+    with torch.autocast(query.device.type, enabled=False):  # scores stay float32, as in `ops.bank`
+        product = query @ keys.T
     if metric == "ip":
         return product
     return 2 * product - query.square().sum(-1, keepdim=True) - keys.square().sum(-1)
