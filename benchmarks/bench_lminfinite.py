@@ -106,12 +106,11 @@ def stream(options: argparse.Namespace) -> None:
     with extended(model, window=TRAINED, sinks=10):
         for point in stream_perplexity(model, tokens, until=options.tokens, progress=False):
             points.append({**asdict(point), "recent_perplexity": point.recent_perplexity})
-            print(points[-1], flush=True)
-    save(
-        "lminfinite_stream",
-        {"model": "stories260K", "corpus": "gutenberg", "window": TRAINED, "sinks": 10,
-         "chunk": 4096, "points": points},
-    )  # fmt: skip
+            save(
+                "lminfinite_stream",
+                {"model": "stories260K", "corpus": "gutenberg", "window": TRAINED, "sinks": 10,
+                 "chunk": 4096, "points": points},
+            )  # fmt: skip
 
 
 def speed(options: argparse.Namespace) -> None:
