@@ -211,15 +211,19 @@ def _config(
         )
         given = known
     check(given is not None, "the number of attention heads is not in the checkpoint; pass heads=")
-    activation = str(arguments.get("activation_fn", "gelu"))
-    check(activation in _ACTIVATIONS, f"activation_fn must be known, got {activation!r}")
+    activations = {
+        "hidden_act": str(arguments.get("activation_fn", "gelu")),
+        "classifier_act": str(arguments.get("pooler_activation_fn", "tanh")),
+    }
+    for one in activations.values():
+        check(one in _ACTIVATIONS, f"activations must be known, got {one!r}")
     dropouts = {
         "hidden_dropout_prob": "dropout",
         "attention_probs_dropout_prob": "attention_dropout",
         "activation_dropout": "activation_dropout",
         "classifier_dropout": "pooler_dropout",
     }
-    probabilities: dict[str, Any] = {
+    settings: dict[str, Any] = {
         ours: float(arguments[theirs]) for ours, theirs in dropouts.items() if theirs in arguments
     }
     return TupeConfig(
@@ -229,11 +233,11 @@ def _config(
         num_attention_heads=int(given or 0),
         intermediate_size=len(body["layers.0.fc1.weight"]),
         max_position_embeddings=len(body[positions]) - (1 if untied else 2),
-        hidden_act=_ACTIVATIONS[activation],
         scheme=("tupe-r" if relative is not None else "tupe-a") if untied else "bert-a",
         embedding_norm="emb_layer_norm.weight" in body,
         norm_first="emb_out_layer_norm.weight" in body,
-        **probabilities,
+        **settings,
+        **{name: _ACTIVATIONS[one] for name, one in activations.items()},
     )
 
 

@@ -104,8 +104,9 @@ def test_masked_lm_loss(golden_tupe_mlm_loss, implementation):
     torch.testing.assert_close(output.logits, io["logits_masked"], atol=1e-4, rtol=1e-4)
     output.loss.backward()
     check_gradients(folder, imported, model)
-    rows = model.tupe.position_bias.positions.weight.grad
-    assert rows[0].abs().max() < 1e-5 * rows[1].abs().max().clamp(min=1)
+    if imported.config.scheme.startswith("tupe"):  # theta_1 changes nothing
+        rows = model.tupe.position_bias.positions.weight.grad
+        assert rows[0].abs().max() < 1e-5 * rows[1].abs().max().clamp(min=1)
     mean = model.eval()(io["src_tokens"], labels=labels).loss.item()
     assert mean == pytest.approx(result["loss_sum_nats"] / result["sample_size"], rel=1e-5)
 

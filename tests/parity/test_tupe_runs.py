@@ -67,9 +67,9 @@ def rates_of(steps, warmup, first_moves):
 
 
 def warmup_of(steps):
-    """The update that first has the highest rate."""
+    """The last update that has the highest rate."""
     rates = [step["lr"] for step in steps]
-    return rates.index(max(rates))
+    return max(number for number, rate in enumerate(rates) if rate == max(rates))
 
 
 def test_pretraining_run(golden_tupe_pretrain_run):

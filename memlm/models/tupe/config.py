@@ -46,6 +46,7 @@ class TupeConfig(PreTrainedConfig):
         norm_first: LayerNorm before attention and feed-forward (and at the end) instead of after.
         activation_dropout: inside the feed-forward.
         classifier_dropout: inside the classification head.
+        classifier_act: likewise, the activation.
         head_init: of the classification head: ``"torch"`` (the authors') or ``"normal"``.
     """
 
@@ -61,6 +62,7 @@ class TupeConfig(PreTrainedConfig):
     attention_probs_dropout_prob: float = 0.1
     activation_dropout: float = 0.0
     classifier_dropout: float = 0.1
+    classifier_act: str = "tanh"
     max_position_embeddings: int = 512
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-5

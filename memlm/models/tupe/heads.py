@@ -165,12 +165,13 @@ class TupeSentenceHead(nn.Module):
     def __init__(self, config: TupeConfig):
         super().__init__()
         self.dense = HeadLinear(config.hidden_size, config.hidden_size)
+        self.activation = ACT2FN[config.classifier_act]
         self.dropout = config.classifier_dropout
         self.out_proj = HeadLinear(config.hidden_size, labels_of(config))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """``(batch, time, dim)`` to ``(batch, labels)``."""
-        pooled = torch.tanh(self.dense(hidden[:, 0]))
+        pooled = self.activation(self.dense(hidden[:, 0]))
         return self.out_proj(F.dropout(pooled, self.dropout, self.training))
 
 
