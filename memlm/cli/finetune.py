@@ -5,7 +5,7 @@ from typing import Annotated
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import show
+from memlm.cli.options import load_tokenizer, show
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,11 @@ class Finetune:
 
     def run(self) -> int:
         """Run the grid."""
-        from transformers import AutoConfig, AutoModelForSequenceClassification
-
-        import memlm.models.tupe.heads  # noqa: F401  # makes its models known
-        from memlm.cli.options import load_tokenizer
+        from memlm.cli.encoders import load_encoder
         from memlm.training.finetune import describe_table, finetune
         from memlm.training.finetune_config import FinetuneConfig
 
-        longest = AutoConfig.from_pretrained(self.model).max_position_embeddings
+        longest = load_encoder(self.model, "AutoModel").config.max_position_embeddings
         config = FinetuneConfig(
             task=self.task,
             learning_rates=self.learning_rates,
@@ -64,9 +61,9 @@ class Finetune:
             threads=self.threads,
         )
         table = finetune(
-            lambda labels: AutoModelForSequenceClassification.from_pretrained(
-                self.model, num_labels=labels
-            ).float(),
+            lambda labels: load_encoder(
+                self.model, "AutoModelForSequenceClassification", num_labels=labels
+            ),
             load_tokenizer(self.model),
             self.data,
             config,

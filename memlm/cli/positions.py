@@ -26,12 +26,10 @@ class Positions:
 
     def run(self) -> int:
         """Draw, or name."""
-        from transformers import AutoModel
-
-        import memlm.models.tupe.encoder  # noqa: F401  # makes its models known
+        from memlm.cli.encoders import load_encoder
         from memlm.models.tupe.maps import position_maps
 
-        maps = position_maps(AutoModel.from_pretrained(self.model), self.length)
+        maps = position_maps(load_encoder(self.model, "AutoModel"), self.length)
         if self.out is not None:
             from memlm.core.optional import require
 

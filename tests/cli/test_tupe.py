@@ -43,6 +43,8 @@ def test_positions(encoder, tmp_path, capsys):
     assert main(["positions", str(encoder), "--length", "16", "--out", str(picture)]) == 0
     assert "head 0: global" in capsys.readouterr().out
     assert picture.stat().st_size > 1000
+    assert main(["positions", str(tmp_path / "nothing")]) == 2
+    assert "the model must be a folder or Hub id that AutoModel loads" in capsys.readouterr().err
     assert main(["positions", str(encoder), "--length", "2"]) == 2
     assert "length must be at least 3" in capsys.readouterr().err
 
