@@ -1,4 +1,4 @@
-"""Loading encoders for the command line: TUPE's are known, new heads are expected, errors are ours."""
+"""Loading encoders for the command line: TUPE's are known, new heads expected, errors ours."""
 
 from typing import Any
 
