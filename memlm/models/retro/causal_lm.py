@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
@@ -125,7 +125,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         )
 
     @torch.no_grad()
-    def generate(
+    def generate(  # type: ignore[override]
         self,
         inputs: Tensor | None = None,
         *,
@@ -228,7 +228,7 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         seen[grid.rows, grid.numbers] = mask.bool()
         return neighbours, seen
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **others: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")

@@ -151,14 +151,19 @@ class CrossAttention(RetroAttention):
         turn = rotation(
             torch.arange(length, device=encoded.states.device), self.config, encoded.states.dtype
         )
-        parts = []
-        for part, null in zip(
-            self.keys_values(encoded.states, turn), (self.null_key, self.null_value), strict=True
-        ):
-            beside = part[encoded.pick].transpose(1, 2).flatten(2, 3)
-            parts.append(torch.cat([null[None, :, None].expand(chunks, -1, 1, -1), beside], dim=2))
+        key, value = (
+            torch.cat([null[None, :, None].expand(chunks, -1, 1, -1), beside], dim=2)
+            for null, beside in zip(
+                (self.null_key, self.null_value),
+                (
+                    part[encoded.pick].transpose(1, 2).flatten(2, 3)
+                    for part in self.keys_values(encoded.states, turn)
+                ),
+                strict=True,
+            )
+        )
         seen = encoded.visible.flatten(1)
-        return Memory(*parts, torch.cat([seen.new_ones(chunks, 1), seen], dim=1))
+        return Memory(key, value, torch.cat([seen.new_ones(chunks, 1), seen], dim=1))
 
     def _positions(self, slot: Tensor) -> Tensor:
         size = self.config.chunk_size

@@ -60,7 +60,9 @@ class _EveryRowEnded(StoppingCriteria):
     def __init__(self, end: int):
         self.end = end
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
+    def __call__(  # type: ignore[override]
+        self, input_ids: Tensor, scores: Tensor, **_: object
+    ) -> Tensor:
         ended = (input_ids == self.end).any(1).all()
         return ended.expand(len(input_ids))
 
