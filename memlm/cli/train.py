@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.data.documents import Document
+    from memlm.data.tokens import TokenCorpus
     from memlm.training.config import TrainConfig
 
 # What a flag of its own sets; everything else goes through --set.
@@ -26,12 +27,14 @@ class Train:
 
     text: Annotated[str, Positional, arg(metavar="TEXT")]
     """Folder, text file or .jsonl file (also .gz, .xz, .zst); or a published corpus and its \
-split: wikitext-103:train, wikitext-2:train, enwik8:train, ..."""
+split: wikitext-103:train, wikitext-2:train, enwik8:train, ...; or fairseq's binarised text \
+(train.bin), with its dict.txt beside it."""
     out: str
     """Directory of the model, its tokenizer and checkpoints."""
-    method: Literal["ce", "trime", "trime_long", "trime_ext"] | None = None
+    method: Literal["ce", "trime", "trime_long", "trime_ext", "tupe"] | None = None
     """ce: plain; trime: with the text's own past as memory; trime_long: and the segments before \
-it; trime_ext: and other segments of the batch (default: the recipe's, else ce)."""
+it; trime_ext: and other segments of the batch; tupe: an encoder on masked tokens (default: the \
+recipe's, else ce)."""
     model: str | None = None
     """Folder or Hub id of a model to continue (default: a new one)."""
     preset: Literal["tiny", "small", "base", "demo"] | None = None
@@ -44,7 +47,8 @@ time budget) (default: the recipe's, else tiny)."""
     set: tuple[str, ...] = ()
     """Settings to change, as name=value."""
     tokenizer: str | None = None
-    """Folder or Hub id of an existing tokenizer (default: the model's; without one, train it)."""
+    """Folder or Hub id of an existing tokenizer, or a dict.txt of fairseq (default: the model's; \
+without one, train it)."""
     level: Literal["bpe", "word", "character"] = "bpe"
     """Of the trained tokenizer."""
     vocab_size: int = 4096
@@ -80,7 +84,10 @@ time budget) (default: the recipe's, else tiny)."""
 
     def run(self) -> int:
         """Train, or plan."""
-        from memlm.data.tokens import tokenize
+        if self.method == "tupe":
+            from memlm.cli.pretrain import pretrain
+
+            return pretrain(self)
         from memlm.training.causal_lm import train_causal_lm
         from memlm.training.plan import describe_training, shape_of
 
@@ -96,12 +103,9 @@ time budget) (default: the recipe's, else tiny)."""
             planned = describe_training(config, len(tokenizer), shape=shape, processes=_processes())
             show(planned, planned["text"], as_json=self.json)
             return 0
-        corpus = tokenize(self._documents(self.text), tokenizer)
-        held_out = None
-        if self.evaluate_on is not None:
-            held_out = tokenize(self._documents(self.evaluate_on), tokenizer)
+        held_out = None if self.evaluate_on is None else self._corpus(self.evaluate_on, tokenizer)
         trained = train_causal_lm(
-            corpus,
+            self._corpus(self.text, tokenizer),
             tokenizer,
             config,
             self.out,
@@ -136,6 +140,13 @@ time budget) (default: the recipe's, else tiny)."""
 
         from memlm.training.tokenizer import train_tokenizer
 
+        dictionary = self.tokenizer
+        if dictionary is None and _is_binarised(self.text):
+            dictionary = str(Path(self.text).parent / "dict.txt")
+        if dictionary is not None and dictionary.endswith(".txt"):
+            from memlm.formats.dictionary import read_dictionary
+
+            return read_dictionary(dictionary).tokenizer()
         if self.tokenizer is not None or self.model is not None:
             return load_tokenizer(self.tokenizer or self.model or "")
         if self.resume and (Path(self.out) / "tokenizer.json").exists():
@@ -155,6 +166,15 @@ time budget) (default: the recipe's, else tiny)."""
 
         return model_of(architecture, tokenizer, seed=config.seed)
 
+    def _corpus(self, source: str, tokenizer: "PreTrainedTokenizerBase") -> "TokenCorpus":
+        if _is_binarised(source):
+            from memlm.formats.binarised import read_corpus
+
+            return read_corpus(source)
+        from memlm.data.tokens import tokenize
+
+        return tokenize(self._documents(source), tokenizer)
+
     def _documents(self, source: str) -> "Iterator[Document]":
         from memlm.data.documents import read_documents
         from memlm.data.published import PUBLISHED, read_published
@@ -173,6 +193,11 @@ time budget) (default: the recipe's, else tiny)."""
         from pathlib import Path
 
         return json.loads(Path(self.chain).read_text(encoding="utf-8"))
+
+
+def _is_binarised(source: str) -> bool:
+    """Whether a text is fairseq's, binarised."""
+    return source.endswith((".bin", ".idx"))
 
 
 def _processes() -> int:

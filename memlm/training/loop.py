@@ -191,7 +191,7 @@ class Loop(Trainer):
             remove_unused_columns=False,
             report_to=list(config.report_to) or "none",
             disable_tqdm=True,
-            **_sharding(config),
+            **_sharding(config, self.trained),
         )
         _one_device(arguments)
         super().__init__(
@@ -428,11 +428,17 @@ def on_cpu(config: RunConfig) -> bool:
     return config.device == "cpu" or not torch.accelerator.is_available()
 
 
-def _sharding(config: RunConfig) -> dict[str, Any]:
+def _sharding(config: RunConfig, model: PreTrainedModel) -> dict[str, Any]:
     if not config.sharded:
         return {}
-    settings = {"version": 2, "state_dict_type": "FULL_STATE_DICT"}
-    return {"fsdp": "full_shard auto_wrap", "fsdp_config": settings}
+    present = {type(module).__name__ for module in model.modules()}
+    settings = {
+        "version": 2,
+        "reshard_after_forward": True,
+        "state_dict_type": "FULL_STATE_DICT",
+        "transformer_layer_cls_to_wrap": sorted(present & set(model._no_split_modules or ())),
+    }
+    return {"fsdp": True, "fsdp_config": settings}
 
 
 def _compute_layers_again(model: PreTrainedModel) -> None:

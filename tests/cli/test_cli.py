@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from memlm.cli.main import main
+from memlm.formats.binarised import Lines, write_lines
 from memlm.testing.tiny import tiny_model
 
 SENTENCES = [
@@ -181,6 +184,20 @@ def test_doctor_is_well(capsys):
 def test_train_makes_a_model_that_builds(place, capsys, tmp_path):
     plan = ("train", place / "text", "--out", tmp_path / "m", "--vocab-size", 300, "--plan")
     assert "parameters" in run_json(capsys, *plan)
+
+
+def test_train_reads_binarised_text_of_fairseq(capsys, tmp_path):
+    (tmp_path / "dict.txt").write_text("".join(f"w{n} {60 - n}\n" for n in range(36)))
+    tokens = np.random.default_rng(1).integers(4, 40, 90)
+    tokens[9::10] = 2
+    lines = Lines(tokens, np.full(9, 10, np.int32))
+    write_lines(tmp_path / "train", lines)
+    settings = ("hidden_size=8", "layers=1", "heads=2", "block_length=8", "batch_tokens=16")
+    train = ("train", tmp_path / "train.bin", "--out", tmp_path / "m", "--set", *settings)
+    assert run_json(capsys, *train, "--max-steps", 2)["parameters"] > 40 * 8
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert len(tokenizer) == 40
+    assert tokenizer("w3 w1")["input_ids"][:2] == [7, 5]
 
 
 def test_train_follows_recipe_and_changes_and_continues(place, capsys, tmp_path):

@@ -1,6 +1,7 @@
 """The loop itself: models with their own loss, several processes, a process killed anywhere."""
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from memlm.core.errors import InputError
 from memlm.data.tokens import TokenCorpus
@@ -20,7 +23,8 @@ from memlm.testing.tiny import tiny_model
 from memlm.training.blocks import HeldOutBlocks, collate, pack
 from memlm.training.causal_lm import read_in_order
 from memlm.training.config import RunConfig, TrainConfig
-from memlm.training.loop import train
+from memlm.training.folder import last_checkpoint
+from memlm.training.loop import Loop, train
 from memlm.training.model_loss import ModelLoss
 from memlm.training.objectives.module import ObjectiveModule
 from memlm.training.order import Dealt
@@ -139,6 +143,94 @@ def test_two_processes_are_one_with_twice_the_rows(method, tmp_path):
         assert a == pytest.approx(b, rel=1e-4)
     if method == "ce":  # with memory, other rows of the batch are seen or not
         assert one["held_out"] == pytest.approx(two["held_out"], rel=1e-4)
+
+
+def sharded_step(method, shard):
+    """Loss and gradients of one step, weights whole or shared between the processes."""
+    config = TrainConfig(**settings(method=method, batch_tokens=4 * LENGTH))
+    module = ObjectiveModule(tiny_model("llama"), config.objective())
+    if shard:
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for layer in module.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+    examples = HeldOutBlocks(text(), LENGTH)
+    first = 4 * dist.get_rank()
+    output = module(collate([examples[n] for n in range(first, first + 4)]))
+    output.loss_sum.backward()
+    grads = [weight.grad for weight in module.parameters()]
+    if shard:
+        return output.loss_sum.detach(), [grad.full_tensor() for grad in grads]
+    for grad in grads:
+        dist.all_reduce(grad)
+    return output.loss_sum.detach(), [grad / dist.get_world_size() for grad in grads]
+
+
+@pytest.mark.parametrize("method", ["ce", "trime_long"])
+def test_shared_weights_give_the_same_step(method):
+    whole = run_processes(sharded_step, 2, method, False)
+    shared = run_processes(sharded_step, 2, method, True)
+    for (loss, grads), (expected, whole_grads) in zip(shared, whole, strict=True):
+        torch.testing.assert_close(loss, expected)
+        for a, b in zip(grads, whole_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+class Killing(TrainerCallback):
+    """The end of the process, where no handler runs: before a step, or inside a checkpoint."""
+
+    def __init__(self, step, inside):
+        self.step, self.inside = step, inside
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.inside and state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def on_log(self, args, state, control, **kwargs):
+        # a point of the curve comes just before the checkpoint of its step
+        if self.inside and state.global_step == self.step:
+            Loop._save_rng_state = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore
+
+
+def run_killed(out, step, inside):
+    """Train until killed; without a step, to the end."""
+    torch.set_num_threads(1)
+    config = TrainConfig(**settings(method="trime", max_steps=9, save_every=2, log_every=3))
+    examples, order = read_in_order(text(), config, 1)
+    train(
+        ObjectiveModule(tiny_model("llama"), config.objective()),
+        examples,
+        order,
+        config,
+        out,
+        collate=collate,
+        identity={},
+        resume=True,
+        quiet=True,
+        callbacks=[] if step is None else [Killing(step, inside)],
+    )
+
+
+@pytest.mark.parametrize(("step", "inside"), [(5, False), (6, True)])
+def test_a_killed_run_continues_identically(step, inside, tmp_path):
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=run_killed, args=(tmp_path / "killed", step, inside))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "training.json").exists()
+    checkpoints = tmp_path / "killed" / "checkpoints"
+    assert last_checkpoint(checkpoints) == checkpoints / "checkpoint-4"
+    assert (checkpoints / "checkpoint-6").exists() == inside
+    run_killed(tmp_path / "killed", None, False)
+    run_killed(tmp_path / "whole", None, False)
+    first, second = (
+        json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "killed")
+    )
+    assert first["curve"] == second["curve"]
+    assert [point["step"] for point in first["curve"]] == [2, 3, 4, 6, 8, 9]
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "killed")]
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
 CHILD = """
