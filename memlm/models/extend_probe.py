@@ -53,7 +53,9 @@ def look(model: PreTrainedModel, inner: nn.Module, longest: int | None, known: b
     length = min(_LENGTH, longest or _LENGTH)
     size = model.config.get_text_config().vocab_size
     tokens = torch.randint(size, (1, length), generator=torch.Generator().manual_seed(0))
-    tokens = tokens.to(model.device)
+    if model.device.type != "meta":
+        # the hooks of an offloaded model move its inputs themselves
+        tokens = tokens.to(model.device)
     states = run(model, inner, tokens)
     if known:
         return Probe(tokens, states, None)

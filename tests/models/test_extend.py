@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -262,3 +263,19 @@ def test_a_middle_that_is_kept_and_padding(llama):
     together = logits(llama, tokens * mask, attention_mask=mask, use_cache=False)
     alone = logits(llama, tokens[1:, 12:], use_cache=False)
     assert_close(together[1:, 12:], alone, **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", ["llama", "gptj", "bloom"])
+@pytest.mark.parametrize("place", ["dispatched", "offloaded"])
+def test_models_that_accelerate_has_placed(family, place):
+    tokens, model = tiny_tokens(1, 40), tiny_model(family)
+    before = logits(model, tokens)
+    with extended(model, **SETTINGS):
+        expected = logits(model, tokens)
+    if place == "offloaded":
+        cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        dispatch_model(model, device_map={"": "cpu"}, force_hooks=True)
+    with extended(model, **SETTINGS):
+        assert torch.equal(logits(model, tokens), expected)
+    assert torch.equal(logits(model, tokens), before)
