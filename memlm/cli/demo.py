@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import dataclass
+from typing import Literal
 
 from memlm.cli.options import load_model, load_tokenizer, show
 from memlm.core.errors import InputError
@@ -14,6 +15,9 @@ class Demo:
     Needs no download. With --model and --text: the same for a model and text of your own.
     """
 
+    method: Literal["knn", "retro"] = "knn"
+    """knn: a model with a datastore (kNN-LM, RetoMaton); retro: a model that reads neighbours of \
+its text (RETRO), trained on the spot, with --text too."""
     out: str = "demo-out"
     """Directory for model, datastore, index and results."""
     model: str | None = None
@@ -33,6 +37,9 @@ class Demo:
 
     def run(self) -> int:
         """The journey, with a line of progress for each stage."""
+        return self._retro() if self.method == "retro" else self._knn()
+
+    def _knn(self) -> int:
         import sys
         from pathlib import Path
 
@@ -83,4 +90,45 @@ class Demo:
             sys.stdout.write(f"\n--- {name} ---\n{text.strip()}\n")
         total = time.perf_counter() - start
         sys.stdout.write(f"\n{out / 'results.json'} holds everything; {total:.0f} s in all\n")
+        return 0
+
+    def _retro(self) -> int:
+        import sys
+
+        from memlm.data.documents import read_documents
+        from memlm.evaluation.leakage import leakage_table
+        from memlm.evaluation.retro import table
+        from memlm.methods.demo import library_splits, split_documents
+        from memlm.methods.retro_demo import PROMPT, demo
+
+        if self.model is not None:
+            raise InputError("the demonstration of RETRO trains a model of its own; drop --model")
+
+        def say(line: str) -> None:
+            sys.stderr.write(line + "\n")
+
+        start = time.perf_counter()
+        splits = (
+            library_splits() if self.text is None else split_documents(read_documents(self.text))
+        )
+        result = demo(
+            self.out,
+            splits.train[: self.limit],
+            splits.test[: self.limit],
+            seconds=self.seconds,
+            prompt=self.prompt or PROMPT,
+            threads=self.threads,
+            say=say,
+        )
+        if self.json:
+            rows = {name: one.summary() for name, one in result.evaluations.items()}
+            show({"rows": rows, "completion": result.completion}, None, as_json=True)
+            return 0
+        parts = [
+            table(result.evaluations),
+            leakage_table(result.overlap),
+            f"--- with retrieval ---\n{result.completion.strip()}",
+            f"{self.out} holds everything; {time.perf_counter() - start:.0f} s in all",
+        ]
+        sys.stdout.write("\n\n".join(parts) + "\n")
         return 0

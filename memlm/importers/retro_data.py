@@ -54,20 +54,20 @@ def import_retro_data(
         "do not rise",
     )
     firsts = np.flatnonzero(np.r_[True, np.diff(documents) > 0])
-    chunk_size = files.chunks.shape[1] - 1
+    size = files.chunks.shape[1] - 1
     texts = []
     for first, end in zip(firsts, [*firsts[1:], len(documents)], strict=True):
         tokens = np.asarray(files.chunks[first:end, :-1]).reshape(-1)
         real = np.flatnonzero(tokens != pad_id)
         check(
-            len(real) > 0 and real[-1] >= len(tokens) - chunk_size,
+            len(real) > 0 and real[-1] >= len(tokens) - size,
             f"chunk {end - 1} of {directory} must hold a token that is not padding ({pad_id}), but "
             "does not; is chunk_size or pad_id another?",
         )
         texts.append(tokens[: real[-1] + 1])
     offsets = np.cumsum([0, *map(len, texts)])
     corpus = TokenCorpus.from_tokens(np.concatenate(texts), offsets)
-    database = chunk_corpus(corpus, tokenizer, out, chunk_size=chunk_size)
+    database = chunk_corpus(corpus, tokenizer, out, chunk_size=size)
     if files.neighbours is None:
         return database, None
     ids = np.asarray(files.neighbours)

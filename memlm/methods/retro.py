@@ -151,13 +151,21 @@ def load_encoder(
     try:
         if pooling == "sentence":
             return SentenceEncoder(name, source_tokenizer, device=device)
-        model: Any = AutoModel.from_pretrained(name, dtype=torch.float32).to(device)
+        model = _without_pooler(AutoModel.from_pretrained, name, dtype=torch.float32).to(device)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"the encoder must be a folder or Hub id of a text encoder, got {name!r}: {error}"
         ) from error
     return HuggingFaceEncoder(model.eval(), tokenizer, source_tokenizer, pooling=pooling)
+
+
+def _without_pooler(load: Any, name: str, **settings: Any) -> Any:
+    """Load a model without the layer behind [CLS]: not used, and random where a file lacks it."""
+    try:
+        return load(name, add_pooling_layer=False, **settings)
+    except TypeError:  # a family that has none
+        return load(name, **settings)
 
 
 def _index(database: ChunkDatabase, embeddings: Embeddings) -> Index:

@@ -14,7 +14,6 @@ encoded alike.
 """
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -94,6 +93,7 @@ class HuggingFaceEncoder:
         self.model, self.tokenizer, self.source_tokenizer = model, tokenizer, source_tokenizer
         self.pooling: Pooling = pooling
         self.skip_first, self.prefix = skip_first, tuple(prefix)
+        self._fingerprint: str | None = None
         self.max_length = max_length or getattr(model.config, "max_position_embeddings", None)
 
     @property
@@ -101,14 +101,16 @@ class HuggingFaceEncoder:
         """Width of an embedding."""
         return int(self.model.config.hidden_size)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of what embeddings depend on: weights, tokenizers, pooling."""
-        tokenizers = [
-            tokenizer and tokenizer_hash(tokenizer)
-            for tokenizer in (self.tokenizer, self.source_tokenizer)
-        ]
-        return fingerprint([model_hash(self.model), tokenizers, self.describe()])
+        if self._fingerprint is None:
+            tokenizers = [
+                tokenizer and tokenizer_hash(tokenizer)
+                for tokenizer in (self.tokenizer, self.source_tokenizer)
+            ]
+            self._fingerprint = fingerprint([model_hash(self.model), tokenizers, self.describe()])
+        return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
         """Settings as plain JSON values."""
@@ -176,17 +178,21 @@ class SentenceEncoder:
         package = require("sentence_transformers", extra="dense", purpose=f"embed text with {name}")
         self.model = package.SentenceTransformer(name, device=device)
         self.name, self.source_tokenizer = name, source_tokenizer
+        self._fingerprint: str | None = None
 
     @property
     def dim(self) -> int:
         """Width of an embedding."""
         return int(self.model.get_sentence_embedding_dimension())
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """Of what embeddings depend on: weights and the tokenizer of the chunks."""
-        body = model_hash(self.model[0].auto_model)
-        return fingerprint([body, tokenizer_hash(self.source_tokenizer), str(self.model)])
+        if self._fingerprint is None:
+            body = model_hash(self.model[0].auto_model)
+            source = tokenizer_hash(self.source_tokenizer)
+            self._fingerprint = fingerprint([body, source, str(self.model)])
+        return self._fingerprint
 
     def describe(self) -> dict[str, Any]:
         """Settings as plain JSON values."""
