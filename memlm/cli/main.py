@@ -17,8 +17,10 @@ from memlm.cli.demo import Demo
 from memlm.cli.doctor import Doctor
 from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
+from memlm.cli.finetune import Finetune
 from memlm.cli.generate import Generate
 from memlm.cli.index import BuildIndex
+from memlm.cli.positions import Positions
 from memlm.cli.retro import Retro
 from memlm.cli.train import Train
 from memlm.cli.verify import Verify
@@ -27,12 +29,14 @@ from memlm.core.errors import MemlmError
 _VERBS: dict[str, Any] = {
     "demo": Demo,
     "train": Train,
+    "finetune": Finetune,
     "build": Build,
     "index": BuildIndex,
     "cluster": Cluster,
     "retro": Retro,
     "evaluate": Evaluate,
     "generate": Generate,
+    "positions": Positions,
     "delete": Delete,
     "compact": Compact,
     "prune": Prune,
