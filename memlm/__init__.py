@@ -51,6 +51,8 @@ if TYPE_CHECKING:
     from memlm.models.attach import attach as attach
     from memlm.models.extend import extend_context as extend_context
     from memlm.models.extend import restore_context as restore_context
+    from memlm.models.retro.causal_lm import RetroForCausalLM as RetroForCausalLM
+    from memlm.models.retro.config import RetroConfig as RetroConfig
     from memlm.models.tupe.config import TupeConfig as TupeConfig
     from memlm.models.tupe.heads import TupeForMaskedLM as TupeForMaskedLM
     from memlm.models.tupe.retrofit import untie_positions as untie_positions
@@ -82,7 +84,9 @@ _HOME = {
     "MemlmError": "memlm.core.errors",
     "MemoryForCausalLM": "memlm.models.attach",
     "Mixture": "memlm.core.merges",
+    "RetroConfig": "memlm.models.retro.config",
     "RetroDataset": "memlm.retrieval.dataset",
+    "RetroForCausalLM": "memlm.models.retro.causal_lm",
     "SkippingMemory": "memlm.memory.skipping",
     "SlidingWindows": "memlm.data.windows",
     "StrideWindows": "memlm.data.windows",

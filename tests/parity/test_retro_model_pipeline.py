@@ -42,18 +42,15 @@ def test_losses_and_text(golden_retro_e2e_training_wrapper):
     case = golden_retro_e2e_training_wrapper
     model, _ = read_model(case)
     expected = np.load(case / "expected.npz")
-    items = zip(expected["item_seq"], expected["item_retrieved"], strict=True)
+    batches = (torch.from_numpy(expected[f"item_{name}"])[:, None] for name in ("seq", "retrieved"))
+    items = zip(*batches, strict=True)
     with torch.no_grad():
         losses = [
-            run(
-                model,
-                {"seq": torch.tensor(seq)[None], "retrieved": torch.tensor(found)[None]},
-                loss=True,
-            )
-            for seq, found in items
+            run(model, dict(zip(("seq", "retrieved"), item, strict=True)), loss=True).loss
+            for item in items
         ]
     torch.testing.assert_close(
-        torch.stack([each.loss for each in losses]),
+        torch.stack(losses),
         torch.from_numpy(expected["item_losses"]),
         atol=1e-4,
         rtol=0,
