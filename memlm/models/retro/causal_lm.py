@@ -157,6 +157,12 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
         config = self.config
         if align == "right" and isinstance(prompt, Tensor):
             mask = arguments.get("attention_mask")
+            padding = arguments.get("pad_token_id", self.generation_config.pad_token_id)
+            check(
+                mask is not None or padding is None or not bool((prompt[:, 0] == padding).any()),
+                "padded prompts that are aligned right must come with their attention_mask, got "
+                "none; pass what the tokenizer returns",
+            )
             whole = torch.ones_like(prompt) if mask is None else mask
             lengths = whole.sum(1).clamp(min=1)
             arguments["chunk_offset"] = right_offset(lengths, config.chunk_size, retrieval_step)

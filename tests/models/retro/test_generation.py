@@ -141,6 +141,8 @@ def test_refusals():
         model(tokens, past_key_values=cache)
     with pytest.raises(InputError, match="align must be 'left' or 'right'"):
         model.generate(tokens, align="middle")
+    with pytest.raises(InputError, match="must come with their attention_mask"):
+        model.generate(tokens * 0, align="right", **QUIET)
     with pytest.raises(InputError, match="arguments it knows, got speed"):
         model(tokens, speed=1)
 

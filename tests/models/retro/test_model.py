@@ -243,6 +243,15 @@ def test_bfloat16():
     assert logits(model, tokens, neighbours, mask).isfinite().all()
 
 
+def test_mixed_precision():
+    model = small_model(torch.float32).train()
+    tokens, neighbours, mask = made_up(2, 13)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, labels=tokens, neighbours=neighbours, neighbour_mask=mask).loss
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
 def test_presets_are_the_paper():
     assert RetroConfig.preset("172m").cross_attention_layers == [6, 9, 12]
     assert RetroConfig.preset("1.5b").cross_attention_layers == [9, 12, 15, 18, 21, 24]
