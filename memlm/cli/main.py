@@ -19,9 +19,11 @@ from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
 from memlm.cli.finetune import Finetune
 from memlm.cli.generate import Generate
+from memlm.cli.imports import Import
 from memlm.cli.index import BuildIndex
 from memlm.cli.positions import Positions
 from memlm.cli.retro import Retro
+from memlm.cli.stream import Stream
 from memlm.cli.train import Train
 from memlm.cli.verify import Verify
 from memlm.core.errors import MemlmError
@@ -41,6 +43,8 @@ _VERBS: dict[str, Any] = {
     "compact": Compact,
     "prune": Prune,
     "join": Join,
+    "stream": Stream,
+    "import": Import,
     "verify": Verify,
     "doctor": Doctor,
 }

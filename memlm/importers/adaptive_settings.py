@@ -56,10 +56,8 @@ def config_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ada
             "cannot be imported",
         )
     for name in ("decoder_input_dim", "decoder_output_dim"):
-        check(
-            int(_setting(settings, name, width)) == width,
-            f"{name} must be decoder_embed_dim ({width}) for this decoder, got {settings[name]}",
-        )
+        got = int(_setting(settings, name, width))
+        check(got == width, f"{name} must be decoder_embed_dim ({width}) here, got {got}")
     activation = str(_setting(settings, "activation_fn", "relu"))
     check(
         activation in _ACTIVATIONS,

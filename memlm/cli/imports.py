@@ -1,0 +1,88 @@
+"""``memlm import``: what other programs wrote becomes a model folder or a datastore."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Positional, arg
+
+from memlm.cli.options import show
+from memlm.core.config import check
+
+Kind = Literal["auto", "fairseq-lm", "datastore"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Import:
+    """Make a model folder of a fairseq language model, or a datastore of raw key and value files.
+
+    Nothing in a file is executed; every tensor of a checkpoint is accounted for.
+    """
+
+    path: Annotated[str, Positional, arg(metavar="PATH")]
+    """Checkpoint (.pt), file of keys (..._keys.npy), or what comes before _keys.npy."""
+    out: str
+    """Folder to write."""
+    kind: Kind = "auto"
+    """What PATH is; "auto": by its name."""
+    dictionary: str | None = None
+    """fairseq-lm: the dict.txt of the training; default: the one beside the checkpoint."""
+    index: str | None = None
+    """datastore: FAISS file of the same keys, to come along."""
+    members: str | None = None
+    """datastore: pickled clusters of the same entries, to come along."""
+    entries: int | None = None
+    """datastore: rows, where names and sizes do not say it."""
+    dim: int | None = None
+    """datastore: width of a key, likewise."""
+    dtype: Literal["auto", "float16", "float32"] = "auto"
+    """datastore: number format of the keys, likewise."""
+    metric: Literal["l2", "ip", "cosine"] = "l2"
+    """datastore: distance the keys are meant to be compared by."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        """Read, convert, write, and say what became of it."""
+        value, text = self._model() if self._kind() == "fairseq-lm" else self._datastore()
+        show({"out": self.out, **value}, f"{self.out}: {text}", as_json=self.json)
+        return 0
+
+    def _kind(self) -> str:
+        """What the path is."""
+        if self.kind != "auto":
+            return self.kind
+        path = Path(self.path)
+        if path.suffix == ".pt":
+            return "fairseq-lm"
+        raw = path if path.name.endswith("keys.npy") else path.with_name(f"{path.name}_keys.npy")
+        check(
+            raw.is_file() or (path.is_dir() and any(path.glob("*keys.npy"))),
+            f"what to import must be a checkpoint (.pt) or raw keys (..._keys.npy), got {path}; "
+            "if it is one of them under another name, say which with --kind",
+        )
+        return "datastore"
+
+    def _model(self) -> tuple[dict[str, Any], str]:
+        from memlm.importers.adaptive import import_model
+
+        report = import_model(self.path, self.out, dictionary=self.dictionary)
+        value = {"renamed": report.renamed, "tied": report.tied, "ignored": report.ignored}
+        return value, f"a language model; {report}"
+
+    def _datastore(self) -> tuple[dict[str, Any], str]:
+        from memlm.importers.datastore import import_datastore
+
+        store = import_datastore(
+            self.path,
+            self.out,
+            index=self.index,
+            members=self.members,
+            entries=self.entries,
+            dim=self.dim,
+            dtype=None if self.dtype == "auto" else self.dtype,
+            metric=self.metric,
+        )
+        return {"entries": len(store), "dim": store.dim}, (
+            f"a datastore of {len(store):,} entries, {store.dim} dimensions"
+        )
