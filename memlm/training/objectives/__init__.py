@@ -27,9 +27,9 @@ keys of other processes are summed over processes, so ``sum over processes of lo
 differentiated exactly; DDP averages, hence multiply by the number of processes.
 
 ``step`` is the number of finished optimiser steps: it ends the warm-up with plain cross-entropy
-and, with ``seed`` and the process's number, decides trime_ext's drop (one draw per call and
-process; pass ``micro`` too when one step has several micro-batches). In evaluation mode
-(``module.eval()``) there is no warm-up and no drop.
+and, with ``seed``, decides trime_ext's drop: one draw per call, alike on all processes (pass
+``micro`` too when a step has several micro-batches). In evaluation mode (``module.eval()``) there
+is no warm-up and no drop.
 
     ce           plain cross-entropy
     trime        memory: earlier positions of the same row
