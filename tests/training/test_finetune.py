@@ -14,7 +14,7 @@ from memlm.training.finetune import describe_table, finetune
 from memlm.training.finetune_config import FinetuneConfig
 from memlm.training.sentence_tokenizer import train_sentence_tokenizer
 
-TEXT = ["a good cat sat on the red mat", "a bad dog ran to the blue house", "good", "bad"]
+TEXT = ["the cat sat", "the dog ran", "good", "bad"]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def grid(name, tokenizer, out, **changes):
     task = glue_task(name)
     data = {split: rows(task, 48, seed) for seed, split in enumerate(("train", *task.held_out))}
     settings = {
-        "learning_rates": (1e-2,), "seeds": (1,), "epochs": 5, "batch_size": 8, "max_length": 32,
+        "learning_rates": (1e-2,), "seeds": (1,), "epochs": 8, "batch_size": 8, "max_length": 32,
         "precision": "float32", "threads": 1,
     }  # fmt: skip
     config = FinetuneConfig(task=name, **{**settings, **changes})
