@@ -37,6 +37,7 @@ from memlm.data.documents import Document
 from memlm.data.tokens import TokenCorpus, tokenize
 from memlm.data.windows import SlidingWindows
 from memlm.evaluation.perplexity import evaluate
+from memlm.evaluation.tune import tune
 from memlm.extract.build import build_datastore
 from memlm.extract.config import ExtractionConfig
 from memlm.memory.knn import KnnMemory
@@ -53,9 +54,7 @@ VOCABULARY, LENGTH, BATCH = 4096, 256, 2048
 WARM_UP = 0.05  # of the steps, plain cross-entropy first (section 5.1)
 WINDOWS = SlidingWindows(length=LENGTH, stride=LENGTH // 2)
 LONG, NEIGHBOURS = 4096, 1024
-DEV_CHARACTERS, TEST_CHARACTERS = 60_000, 240_000
-SPREADS = (0.7, 1.0, 1.4, 2.0)  # temperatures over sqrt(dim)
-DISTANCES = (0.5, 1.0, 2.0)  # temperatures of kNN-LM over the typical spread
+SPREADS = (0.8, 1.2, 1.8)  # temperatures over sqrt(dim)
 LAMS = (0.02, 0.05, 0.1, 0.2, 0.35)
 
 Row = Iterator[tuple[dict[str, float], TokenMemory | None, Merge | None]]
@@ -121,12 +120,12 @@ def external(scale: float, store: Datastore) -> Row:
         yield {"temperature": spread}, Together(*past(spread * scale), memory), Union()
 
 
-def knn_lm(store: Datastore) -> Row:
-    typical = KnnMemory(store, k=NEIGHBOURS, temperature="auto", index="exact")
-    for spread in DISTANCES:
-        memory = typical.changed(typical.k, spread * typical.temperature)
-        for lam in LAMS:
-            yield {"temperature": spread, "lam": lam}, memory, Mixture(lam=lam)
+def knn_lm(model: Any, dev: TokenCorpus, store: Datastore, threads: int) -> Row:
+    memory = KnnMemory(store, k=NEIGHBOURS, temperature="auto", index="exact")
+    tuned = tune(model, dev, WINDOWS, memory, ks=[memory.k], threads=threads, progress=False)
+    best = tuned.best
+    chosen = {"temperature": best.temperature, "lam": best.lam}
+    yield chosen, memory.changed(best.k, best.temperature), tuned.merge
 
 
 def past(temperature: float) -> tuple[LocalMemory, LongMemory]:
@@ -195,7 +194,7 @@ def run(method: str, seed: int, parts: dict[str, Any], options: argparse.Namespa
         "local + long + ext": lambda: external(scale, store("ip")),
     }
     if method == "ce":
-        rows["kNN-LM"] = lambda: knn_lm(store("l2"))
+        rows["kNN-LM"] = lambda: knn_lm(model, dev, store("l2"), options.threads)
     for name, row in rows.items():
         place = folder.with_name(f"{folder.name}-{name.replace(' ', '')}.json")
         if not place.exists():
@@ -227,13 +226,16 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/bench_trime_training"))
     parser.add_argument("--tokens", type=int, default=3_000_000, help="read by every training")
     parser.add_argument("--store-tokens", type=int, default=300_000, help="in the datastore")
+    parser.add_argument("--dev-characters", type=int, default=40_000)
+    parser.add_argument("--test-characters", type=int, default=150_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--all-seeds", nargs="+", default=["ce", "trime"], choices=METHODS)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--report", action="store_true", help="only show what is finished")
     options = parser.parse_args()
-    # Another number of tokens is another experiment.
-    options.work = options.work / f"{options.tokens}-{options.store_tokens}"
+    # Other numbers are another experiment.
+    sizes = (options.tokens, options.store_tokens, options.dev_characters, options.test_characters)
+    options.work = options.work / "-".join(map(str, sizes))
     if not options.report:
         options.work.mkdir(parents=True, exist_ok=True)
         parts = prepare(options)
@@ -264,8 +266,8 @@ def prepare(options: argparse.Namespace) -> dict[str, Any]:
         "tokenizer": tokenizer,
         "train": corpus,
         "remembered": remembered,
-        "dev": tokenize(upto(parts["valid"], DEV_CHARACTERS), tokenizer),
-        "test": tokenize(upto(parts["test"], TEST_CHARACTERS), tokenizer),
+        "dev": tokenize(upto(parts["valid"], options.dev_characters), tokenizer),
+        "test": tokenize(upto(parts["test"], options.test_characters), tokenizer),
     }
 
 
@@ -277,8 +279,8 @@ def protocol(options: argparse.Namespace) -> dict[str, Any]:
         "long": LONG,
         "neighbours": NEIGHBOURS,
         "search": "exact",
-        "dev_characters": DEV_CHARACTERS,
-        "test_characters": TEST_CHARACTERS,
+        "dev_characters": options.dev_characters,
+        "test_characters": options.test_characters,
     }
 
 
