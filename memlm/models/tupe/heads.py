@@ -11,7 +11,6 @@ training, masked-token logits are made for the masked positions only, ``(masked,
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import (
