@@ -41,7 +41,7 @@ from memlm.training.tokenizer import train_tokenizer
 VOCABULARY = 2048
 CHUNK_SIZE = 32
 CHUNKS_PER_SEQUENCE = 8
-ROWS = 8
+ROWS = 4
 TEST_CHARACTERS = 100_000
 SHOWN = 20  # chunks on the page of neighbours
 PROMPT = "class Thread\n\nA class that represents a thread of control."
@@ -110,7 +110,7 @@ def demo(
     model = _train(data, tokenizer, table, out / "model", seconds, threads, say)
 
     with torch_threads(threads):
-        evaluations = compare_retrieval(model, test, batch_size=ROWS)
+        evaluations = compare_retrieval(model, test)
         overlap = leakage(evaluations, test, alphas=(0.125, 0.25, 0.5, 1.0))
         shown = range(min(SHOWN, len(held_out)))
         pages = [inspect_chunk(held_out, found, database, tokenizer, chunk) for chunk in shown]
@@ -144,7 +144,8 @@ def _train(
     config = RunConfig(
         block_length=data.length,
         batch_tokens=ROWS * data.length,
-        learning_rate=2e-3,
+        optimizer="muon",
+        warmup_steps=20,
         max_seconds=seconds,
         threads=threads,
     )
