@@ -13,7 +13,8 @@ from memlm.models.adaptive.bands import Band, make_bands
 
 Preset = Literal["wiki103", "wiki103_150m", "enwik8", "wiki103_small", "wiki103_tiny"]
 
-# TRIME (Zhong et al. 2022, appendix A) and its training scripts; "wiki103_tiny" is the 7 M model.
+# TRIME (Zhong et al. 2022, appendix A) and its training scripts; "wiki103_tiny" is the 7 M model of
+# its ablations, whose script was not published.
 _PRESETS: dict[str, dict[str, Any]] = {
     "wiki103": {},
     "wiki103_150m": {
@@ -138,8 +139,7 @@ class AdaptiveConfig(PreTrainedConfig):
 
         Args:
             name: ``"wiki103"`` (247 M parameters), ``"wiki103_150m"``, ``"enwik8"`` (38 M),
-                ``"wiki103_small"`` or ``"wiki103_tiny"`` (7 M beside the word vectors of a
-                267,744-word vocabulary).
+                ``"wiki103_small"`` (48 M) or ``"wiki103_tiny"`` (7 M).
             changes: other fields.
 
         Raises:

@@ -78,6 +78,14 @@ def eager_attention(
     return (weights @ value).transpose(1, 2), weights
 
 
+class AttentionInput(nn.Linear):
+    """Makes queries, keys or values; a class of its own for its initial values."""
+
+
+class PlainHead(nn.Linear):
+    """Scores of words without bands; alike."""
+
+
 class AdaptiveAttention(nn.Module):
     """Causal self-attention with biases everywhere."""
 
@@ -89,9 +97,9 @@ class AdaptiveAttention(nn.Module):
         self.is_causal = True
         self.head_dim = width // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
-        self.q_proj = nn.Linear(width, width)
-        self.k_proj = nn.Linear(width, width)
-        self.v_proj = nn.Linear(width, width)
+        self.q_proj = AttentionInput(width, width)
+        self.k_proj = AttentionInput(width, width)
+        self.v_proj = AttentionInput(width, width)
         self.out_proj = nn.Linear(width, width)
 
     def forward(
@@ -165,40 +173,26 @@ class AdaptivePreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, AdaptiveEmbedding | AdaptiveHead):
-            for part in module.modules():
-                if isinstance(part, nn.Embedding):
-                    _init_table(part)
-                elif isinstance(part, nn.Linear):
-                    init.xavier_uniform_(part.weight)
-        elif isinstance(module, AdaptiveAttention):
-            for part in (module.q_proj, module.k_proj, module.v_proj):
-                init.xavier_uniform_(part.weight, gain=2**-0.5)
-                bound = part.in_features**-0.5
-                init.uniform_(part.bias, -bound, bound)
-            _init_linear(module.out_proj)
-        elif isinstance(module, AdaptiveLayer):
-            _init_linear(module.fc1)
-            _init_linear(module.fc2)
+        # by leaves: transformers skips modules without weights of their own
+        if isinstance(module, nn.Embedding):
+            init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            # a slice does not carry the mark of weights that were loaded
+            loaded = getattr(module.weight, "_is_hf_initialized", False)
+            if module.num_embeddings > PAD and not loaded:
+                init.zeros_(module.weight[PAD])
+        elif isinstance(module, PlainHead):
+            init.normal_(module.weight, std=module.in_features**-0.5)
+        elif isinstance(module, AttentionInput):
+            init.xavier_uniform_(module.weight, gain=2**-0.5)
+            bound = module.in_features**-0.5
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, AdaptiveModel) and isinstance(module.embed_tokens, nn.Embedding):
-            _init_table(module.embed_tokens)
-        elif isinstance(module, AdaptiveForCausalLM) and isinstance(module.lm_head, nn.Linear):
-            init.normal_(module.lm_head.weight, std=module.lm_head.in_features**-0.5)
-
-
-def _init_table(table: nn.Embedding) -> None:
-    init.normal_(table.weight, std=table.embedding_dim**-0.5)
-    # a slice does not carry the mark of weights that were loaded
-    if table.num_embeddings > PAD and not getattr(table.weight, "_is_hf_initialized", False):
-        init.zeros_(table.weight[PAD])
-
-
-def _init_linear(layer: nn.Linear) -> None:
-    init.xavier_uniform_(layer.weight)
-    init.zeros_(layer.bias)
 
 
 class AdaptiveModel(AdaptivePreTrainedModel):
@@ -287,7 +281,7 @@ class AdaptiveForCausalLM(AdaptivePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = AdaptiveModel(config)
         if config.output_cutoffs is None:
-            self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+            self.lm_head: nn.Module = PlainHead(config.hidden_size, config.vocab_size, bias=False)
         else:
             self.lm_head = AdaptiveHead(
                 config.output_bands, config.hidden_size, config.adaptive_dropout
