@@ -226,6 +226,7 @@ def _config(
     settings: dict[str, Any] = {
         ours: float(arguments[theirs]) for ours, theirs in dropouts.items() if theirs in arguments
     }
+    settings |= {name: _ACTIVATIONS[one] for name, one in activations.items()}
     return TupeConfig(
         vocab_size=vocabulary,
         hidden_size=width,
@@ -237,7 +238,6 @@ def _config(
         embedding_norm="emb_layer_norm.weight" in body,
         norm_first="emb_out_layer_norm.weight" in body,
         **settings,
-        **{name: _ACTIVATIONS[one] for name, one in activations.items()},
     )
 
 
