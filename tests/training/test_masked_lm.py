@@ -1,10 +1,6 @@
 """Pre-training on masked tokens: examples, resuming, the recipe."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -151,33 +147,3 @@ def test_published_recipe():
 def test_bad_inputs(make_it, message):
     with pytest.raises(InputError, match=message):
         make_it()
-
-
-_RUN = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import test_masked_lm as here
-from memlm.training.masked_lm_config import MaskedLMConfig
-
-tokenizer = here.train_sentence_tokenizer(here.SENTENCES, 96)
-config = MaskedLMConfig(
-    **here.SMALL, max_steps=4, accumulate=int(sys.argv[3]), dropout=0.0, device="cpu"
-)
-sentences = here.tokenize_sentences(here.SENTENCES, tokenizer)
-here.train_masked_lm(sentences, tokenizer, config, sys.argv[2], quiet=True)
-"""
-
-
-@pytest.mark.slow
-def test_two_processes_are_one_with_twice_the_batches(tmp_path):
-    (tmp_path / "run.py").write_text(_RUN)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-    here = str(Path(__file__).parent)
-    for processes, accumulate in (("1", "2"), ("2", "1")):
-        subprocess.run(
-            [*torchrun, processes, "run.py", here, f"out-{processes}", accumulate],
-            cwd=tmp_path, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-    one, two = (TupeForMaskedLM.from_pretrained(tmp_path / f"out-{n}") for n in "12")
-    for name, value in one.state_dict().items():
-        torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-4)
