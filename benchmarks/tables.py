@@ -4,6 +4,7 @@ One function a result; a result that is not there has no section.
 """
 
 import json
+import math
 from typing import Any
 
 from benchmarks.common import RESULTS
@@ -158,6 +159,84 @@ def retomaton(result: Result) -> list[str]:
     ]
 
 
+def lminfinite_lengths(result: Result) -> list[str]:
+    lines: list[str] = []
+    for title, curve in sorted(result["curves"].items()):
+        config = curve["config"]
+        rows = [
+            [
+                method,
+                *(
+                    next(
+                        (
+                            f"{point['perplexity']:,.2f}"
+                            for point in curve["points"]
+                            if (point["method"], point["length"]) == (method, length)
+                        ),
+                        "-",
+                    )
+                    for length in config["lengths"]
+                ),
+            ]
+            for method in config["methods"]
+        ]
+        head = ["length", *(f"{length:,}" for length in config["lengths"])]
+        lines += ["", f"{title}: {curve['protocol']}:", "", *table(head, rows)]
+    return lines[1:]
+
+
+def lminfinite_stream(result: Result) -> list[str]:
+    points = result["points"]
+    rows = [
+        [
+            f"{point['tokens']:,}",
+            f"{math.exp(point['nll']):.2f}",
+            f"{point['recent_perplexity']:.2f}",
+            f"{point['milliseconds_per_token']:.2f}",
+            f"{point['cache_bytes'] / 1e6:.2f}",
+            f"{point['process_bytes'] / 1e6:,.0f}",
+        ]
+        for point in points
+    ]
+    return [
+        f"A stream read by {result['model']} ({result['corpus']}, window {result['window']}, "
+        f"{result['sinks']} sinks, chunks of {result['chunk']:,} tokens):",
+        "",
+        *table(["tokens", "perplexity", "of the stretch", "ms/token", "cache MB", "peak MB"], rows),
+    ]
+
+
+def lminfinite_speed(result: Result) -> list[str]:
+    rows = []
+    for length in (8192, 32_768):
+        for name, against in result[f"prefill_{length}"].items():
+            low, high = against["ratio_range"]
+            rows.append(
+                [
+                    f"prefill of {length:,} {name.replace('_', ' ')}",
+                    f"{against['ratio']:.2f}",
+                    f"{low:.2f}-{high:.2f}",
+                    str(against["rounds"]),
+                ]
+            )
+    low, high = result["step"]["ratio_range"]
+    rows.append(
+        [
+            "a step on the ring over one that joins and rotates",
+            f"{result['step']['ratio']:.2f}",
+            f"{low:.2f}-{high:.2f}",
+            str(result["step"]["rounds"]),
+        ]
+    )
+    return [
+        f"LM-Infinite, {result['layers']} layers of {result['heads']} heads x "
+        f"{result['head_dim']}, window {result['window']:,}, {result['sinks']} sinks, "
+        f"{result['machine']['threads']} thread(s), in turn:",
+        "",
+        *table(["lm-infinite: time", "ratio", "range", "rounds"], rows),
+    ]
+
+
 SECTIONS = {
     "import": imports,
     "extraction": extraction,
@@ -165,6 +244,9 @@ SECTIONS = {
     "automaton": automaton,
     "automaton-10m": automaton,
     "retomaton": retomaton,
+    "lminfinite_lengths": lminfinite_lengths,
+    "lminfinite_stream": lminfinite_stream,
+    "lminfinite_speed": lminfinite_speed,
 }
 
 
