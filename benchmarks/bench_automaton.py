@@ -223,16 +223,17 @@ def prepare(folder: Path, entries: int, threads: int) -> Datastore:
     return store
 
 
-def walks(store: Datastore, batches: list[int], length: int, rounds: int) -> list[dict]:
-    """kNN-LM against RetoMaton, by exact search and by the index of the store."""
+def walks(
+    store: Datastore, kinds: list[str], batches: list[int], length: int, rounds: int
+) -> list[dict]:
+    """kNN-LM against RetoMaton, by exact search or by the index of the store."""
     text, cases = Text(drawn=2), []
-    indexes: dict[str, Index] = {
-        "exact": ExactIndex(store.load_keys()),
-        "ivfpq": load_index(store.path / "index", store),
-    }
-    for (kind, index), rows, clustered in itertools.product(
-        indexes.items(), batches, (False, True)
-    ):
+    for kind, rows, clustered in itertools.product(kinds, batches, (False, True)):
+        index: Index = (
+            ExactIndex(store.load_keys())
+            if kind == "exact"
+            else load_index(store.path / "index", store)
+        )
         case = measure_walk(store, text, index, rows, length, rounds, clustered)
         cases.append({"index": kind, "recall": index.describe()["recall"]["value"], **case})
     return cases
@@ -244,6 +245,8 @@ def main():
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--entries", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    kinds = ["exact", "ivfpq"]
+    parser.add_argument("--indexes", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--tokens", type=int, default=48, help="walked by each sequence")
     parser.add_argument("--name", default="automaton", help="of the file under results")
     parser.add_argument("--folder", type=Path, help="keep the stores here, and use those there are")
@@ -264,7 +267,9 @@ def main():
         cases = [
             case
             for store in stores
-            for case in walks(store, options.batches, options.tokens, options.rounds)
+            for case in walks(
+                store, options.indexes, options.batches, options.tokens, options.rounds
+            )
         ]
     settings = {"dim": DIM, "k": NEIGHBOURS, "tokens": options.tokens}
     save(options.name, {**settings, "steps": steps, "walks": cases})
