@@ -27,18 +27,24 @@ def torch_threads(count: int | None) -> Iterator[int]:
             torch.set_num_threads(before)
 
 
-def multiply_adds_per_second(count: int | None = None) -> float:
-    """What this machine does in float32, by the fastest of a few products of some milliseconds.
+def multiply_adds_per_second(
+    count: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """What a device does, by the fastest of a few products of some milliseconds.
 
     Args:
-        count: threads; None: as they are.
+        count: CPU threads; None: as they are.
+        device: where.
+        dtype: of the numbers.
     """
-    left, right = torch.ones(1024, 256), torch.ones(256, 4096)
+    size = 1024
+    matrix = torch.ones(size, size, device=device, dtype=dtype)
+    best = float("inf")
     with torch_threads(count):
-        out = left @ right  # the first one starts the threads
-        seconds = []
         for _ in range(5):
             start = time.perf_counter()
-            torch.mm(left, right, out=out)
-            seconds.append(time.perf_counter() - start)
-    return 1024 * 256 * 4096 / min(seconds)
+            float((matrix @ matrix)[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - start)
+    return size**3 / best

@@ -6,18 +6,16 @@ operations per weight and token and the attention's, at the speed of a matrix pr
 and now, times what a step reaches of it in practice.
 """
 
-from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
 
-from memlm.core.threads import torch_threads
+from memlm.core.threads import multiply_adds_per_second
 from memlm.data.tokens import TokenCorpus
 from memlm.training.config import TrainConfig
 from memlm.training.learning import resolve_precision
 
 _REACHED = 0.4  # of the speed of one large product, by a whole step of a small model
-_PROBE = 1024  # rows and columns of that product
 
 
 class Shape(NamedTuple):
@@ -125,13 +123,6 @@ def _memory(config: TrainConfig, shape: Shape, precision: str, processes: int) -
 def _measured_speed(config: TrainConfig, precision: str) -> float:
     """Operations per second of a matrix product on the device of the run."""
     accelerated = config.device == "auto" and torch.accelerator.is_available()
-    device = torch.accelerator.current_accelerator() if accelerated else torch.device("cpu")
-    matrix = torch.ones(_PROBE, _PROBE, device=device, dtype=getattr(torch, precision))
-    best = float("inf")
-    with torch_threads(config.threads):
-        for _ in range(4):
-            start = perf_counter()
-            product = matrix @ matrix
-            float(product[0, 0])  # waits for the device
-            best = min(best, perf_counter() - start)
-    return 2 * _PROBE**3 / best
+    device = torch.accelerator.current_accelerator() if accelerated else None
+    dtype = getattr(torch, precision)
+    return 2 * multiply_adds_per_second(config.threads, device or "cpu", dtype)
