@@ -237,13 +237,80 @@ def lminfinite_speed(result: Result) -> list[str]:
     ]
 
 
+def ten_million(result: Result) -> list[str]:
+    recall = result["recall"]
+    return [
+        f"{result['factory']} over {result['entries']:,} keys of {result['dim']} dimensions, one "
+        "thread, processor time:",
+        "",
+        *table(
+            ["ten million keys", "planned", "measured"],
+            [
+                ["bytes", f"{result['planned_bytes']:,}", f"{result['bytes']:,}"],
+                [
+                    "seconds to build",
+                    f"{result['planned_seconds']:,.0f}",
+                    f"{result['build_processor_seconds']:,.0f}",
+                ],
+                ["most resident while building", "", f"{result['peak_gigabytes']:.1f} GB"],
+                ["ms a search", "", f"{result['milliseconds_per_search']:.1f}"],
+                [f"recall@{recall['k']}", "", f"{recall['value']:.2f}"],
+            ],
+        ),
+    ]
+
+
+def untied_attention(result: Result) -> list[str]:
+    return [
+        f"Untied positions (TUPE), {result['machine']['threads']} thread(s). {result['protocol']}",
+        "",
+        *table(
+            ["positions: case", "tokens", "step", "seconds", "peak MB"],
+            [
+                [
+                    row["case"],
+                    f"{row['length']:,}",
+                    "training" if row["learning"] else "forward",
+                    f"{row['seconds']:.2f}",
+                    f"{row['peak_megabytes']:,.0f}",
+                ]
+                for row in result["rows"]
+            ],
+        ),
+    ]
+
+
+def retro(result: Result) -> list[str]:
+    ours = result["seconds_per_token"]["ours"]
+    rows = [
+        [f"a token behind {n}", f"{1000 * ours[n]:.1f} ms", f"{result['ratio_per_token'][n]:.1f}"]
+        for n in ours
+    ]
+    if "ratio_seconds" in result:
+        step = result["training_step"]["ours"]
+        rows = [
+            ["training step", f"{step['seconds']:.2f} s", f"{result['ratio_seconds']:.2f}"],
+            ["its memory", f"{step['megabytes']:,.0f} MB", f"{result['ratio_megabytes']:.2f}"],
+            *rows,
+        ]
+    return [
+        f"RETRO against {result['compared_with']}, {result['machine']['threads']} thread(s), the "
+        "same configuration (in the benchmark); above 1 this library needs less:",
+        "",
+        *table(["RETRO: what", "here", f"{result['compared_with']} / here"], rows),
+    ]
+
+
 SECTIONS = {
     "import": imports,
     "extraction": extraction,
     "evaluation": evaluation,
     "automaton": automaton,
     "automaton-10m": automaton,
+    "ten-million": ten_million,
     "retomaton": retomaton,
+    "untied_attention": untied_attention,
+    "retro": retro,
     "lminfinite_lengths": lminfinite_lengths,
     "lminfinite_stream": lminfinite_stream,
     "lminfinite_speed": lminfinite_speed,
