@@ -326,12 +326,16 @@ def _fill(
     quiet: bool,
 ) -> None:
     journal = Journal(path / JOURNAL)
+    files = {"ids": np.int64, "scores": np.float32}
+    if not all((path / f"{name}.npy").exists() for name in files):
+        journal.path.unlink(missing_ok=True)  # what it says is finished is gone
     finished = {line["first"] for line in journal.read()}
-    arrays = {}
-    for name, dtype in (("ids", np.int64), ("scores", np.float32)):
-        file = path / f"{name}.npy"
-        mode = "r+" if finished and file.exists() else "w+"
-        arrays[name] = np.lib.format.open_memmap(file, mode, dtype, (len(text), k))
+    arrays = {
+        name: np.lib.format.open_memmap(
+            path / f"{name}.npy", "r+" if finished else "w+", dtype, (len(text), k)
+        )
+        for name, dtype in files.items()
+    }
     sync_directory(path)
     same = text.fingerprint == retriever.database.fingerprint
     dead = text.dead_chunks()

@@ -3,9 +3,10 @@
     decayed         weights of linear layers, all embeddings
     not decayed     biases, gains of norms, null keys and values
 
-(The published package sorts by the number of dimensions, and so does this; there the order of
+The published package sorts by the number of dimensions, and so does this; there the order of
 parameters changes from run to run, so that an optimiser's state cannot be loaded again. Here it
-is the model's.)
+is the model's. `memlm.training.learning.make_optimizer` makes the same two groups for AdamW; these
+are for loops of one's own, and for embeddings without decay.
 """
 
 from typing import Any
@@ -26,10 +27,9 @@ def retro_groups(
     tables = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
-            vector = parameter.ndim < 2 or name.endswith(("null_key", "null_value"))
-            spared = vector or (id(parameter) in tables and not decay_embeddings)
+            spared = parameter.ndim < 2 or (id(parameter) in tables and not decay_embeddings)
             (plain if spared else decayed).append(parameter)
     return [
         {"params": decayed, "weight_decay": weight_decay},

@@ -39,7 +39,7 @@ def fill(module, data, prefix):
             state[f"{LINEARS[head]}.{tail}"] = value
         elif name in (prefix + "null_k", prefix + "null_v"):
             full = "null_key" if name.endswith("k") else "null_value"
-            state[full] = value.view(module.null_key.shape)
+            state[full] = value
     module.load_state_dict(state)
     return module.eval()
 

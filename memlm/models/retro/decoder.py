@@ -56,15 +56,7 @@ class CausalAttention(RetroAttention):
     """Self-attention of the decoder."""
 
     def __init__(self, config: RetroConfig, index: int):
-        width = config.hidden_size
-        super().__init__(
-            width,
-            width,
-            config.num_attention_heads,
-            config.head_dim,
-            config.attention_dropout,
-            config.gains[1],
-        )
+        super().__init__(*_decoder_attention(config))
         self.index = index
 
     def forward(self, x: Tensor, sight: Sight) -> Tensor:
@@ -80,20 +72,12 @@ class CrossAttention(RetroAttention):
     """Chunked cross-attention to encoded neighbours."""
 
     def __init__(self, config: RetroConfig, index: int):
-        width = config.hidden_size
-        super().__init__(
-            width,
-            width,
-            config.num_attention_heads,
-            config.head_dim,
-            config.attention_dropout,
-            config.gains[1],
-        )
+        super().__init__(*_decoder_attention(config))
         self.config = config
         self.index = index
-        shape = (config.num_attention_heads, config.head_dim)
-        self.null_key = nn.Parameter(torch.empty(shape))
-        self.null_value = nn.Parameter(torch.empty(shape))
+        inner = config.num_attention_heads * config.head_dim
+        self.null_key = nn.Parameter(torch.empty(inner))
+        self.null_value = nn.Parameter(torch.empty(inner))
 
     def forward(
         self, x: Tensor, grid: ChunkGrid, encoded: Encoded | None, cache: RetroCache | None
@@ -152,7 +136,7 @@ class CrossAttention(RetroAttention):
             torch.arange(length, device=encoded.states.device), self.config, encoded.states.dtype
         )
         key, value = (
-            torch.cat([null[None, :, None].expand(chunks, -1, 1, -1), beside], dim=2)
+            torch.cat([self.split(null[None]).expand(chunks, -1, -1, -1), beside], dim=2)
             for null, beside in zip(
                 (self.null_key, self.null_value),
                 (
@@ -189,6 +173,13 @@ class DecoderLayer(nn.Module):
             self.cross = residual(CrossAttention(config, index))
         inner = config.intermediate_size or 4 * width
         self.feed = residual(FeedForward(width, inner, config.activation_dropout, config.gains[1]))
+
+
+def _decoder_attention(config: RetroConfig) -> tuple[int, int, int, int, float, float]:
+    """What `RetroAttention` takes for either attention of the decoder."""
+    width = config.hidden_size
+    heads = config.num_attention_heads, config.head_dim
+    return (width, width, *heads, config.attention_dropout, config.gains[1])
 
 
 def _latest(grid: ChunkGrid, behind_past: bool) -> Tensor:

@@ -10,7 +10,7 @@
 
 Position t depends on tokens up to t and on neighbours of chunks that ended at or before t,
 whatever the length; a row may hold any number of documents, each with chunks of its own
-(`memlm.models.retro. grid`). Without neighbours the model is an ordinary language model. With a
+(`memlm.models.retro.grid`). Without neighbours the model is an ordinary language model. With a
 cache, a step reads only its own tokens (`memlm.models.retro.cache`) and gives what the whole text
 would.
 
@@ -129,9 +129,9 @@ class RetroModel(RetroPreTrainedModel):
             input_ids: ``(batch, time)``.
             attention_mask: ``(batch, past and new time)``, 0 for padding at either end of a row.
             neighbours: ``(batch, chunks, k, length)`` int64: for every chunk that ends in these
-                columns its neighbours with their continuations, in order; rows with fewer chunks
-                are filled up with anything. ``(batch, chunks, length)`` is one neighbour. None: no
-                retrieval.
+                columns its neighbours with their continuations, in order, at least a chunk long;
+                rows with fewer chunks are filled up with anything. ``(batch, chunks, length)`` is
+                one neighbour. None: no retrieval.
             neighbour_mask: alike, 0 where there is no token; default: what is not
                 ``config.neighbour_padding``.
             document_ids: ``(batch, time)``: documents packed into a row, each with its own
@@ -256,13 +256,19 @@ class RetroModel(RetroPreTrainedModel):
             f"neighbours must be (batch = {batch}, chunks, k, length), got "
             f"{tuple(neighbours.shape)}",
         )
+        size = self.config.chunk_size
+        check(
+            neighbours.shape[3] >= size,
+            f"neighbours must be at least chunk_size = {size} tokens long, got "
+            f"{neighbours.shape[3]}; pad shorter ones and mask the padding",
+        )
         needed = int(grid.per_row.max())
         most = needed if aligned and grid.documents is None else max(needed, neighbours.shape[1])
         given = neighbours.shape[1]
         check(
             needed <= given <= most,
-            f"expected neighbours of {needed} chunks for {time} tokens at chunk_size "
-            f"{self.config.chunk_size}, got {given}; give those of every chunk that ends here",
+            f"expected neighbours of {needed} chunks for {time} tokens at chunk_size {size}, got "
+            f"{given}; give those of every chunk that ends here",
         )
         if len(grid.rows) == 0 or neighbours.shape[2] == 0:
             return None

@@ -23,8 +23,8 @@ class ChunkRetriever(Protocol):
                 right may be short). A tensor ``(n, chunk_size)`` is such a sequence.
 
         Returns:
-            ``(n, k, neighbour_length)`` int64 tokens, neighbour and continuation, and a bool mask
-            of that shape, False where there is no token: past the end of a document, or for a
-            neighbour that was not found. Both on any device.
+            ``(n, k, length)`` int64 tokens, neighbour and continuation, of at least one chunk's
+            length, and a bool mask of that shape, False where there is no token: past the end of a
+            document, or for a neighbour that was not found. Both on any device.
         """
         ...

@@ -284,6 +284,7 @@ def test_bad_inputs():
     tokens, neighbours, mask = made_up(2, 12)
     for arguments, message in (
         ((tokens, neighbours[:, :2]), "expected neighbours of 3 chunks for 12 tokens"),
+        ((tokens, neighbours[..., : CHUNK - 1]), "at least chunk_size = 4 tokens long, got 3"),
         ((tokens, neighbours[:1]), r"neighbours must be \(batch = 2"),
         ((tokens, neighbours, mask[..., 1:]), "neighbour_mask must have the shape"),
         ((tokens + VOCABULARY, neighbours), "token ids must be in"),
