@@ -21,6 +21,7 @@ from memlm.cli.finetune import Finetune
 from memlm.cli.generate import Generate
 from memlm.cli.imports import Import
 from memlm.cli.index import BuildIndex
+from memlm.cli.passkey import Passkey
 from memlm.cli.positions import Positions
 from memlm.cli.retro import Retro
 from memlm.cli.stream import Stream
@@ -38,6 +39,7 @@ _VERBS: dict[str, Any] = {
     "retro": Retro,
     "evaluate": Evaluate,
     "generate": Generate,
+    "passkey": Passkey,
     "positions": Positions,
     "delete": Delete,
     "compact": Compact,

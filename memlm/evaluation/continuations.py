@@ -13,12 +13,11 @@ bootstrap, which depends on a seed and is the same up to its noise.
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.core.config import check
 from memlm.core.errors import MissingExtraError
-from memlm.models.running import frozen
+from memlm.evaluation.answers import write_answers
 
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
@@ -57,26 +56,16 @@ def continue_at(
     """
     numbers = (*positions, new_tokens, 1 if last is None else last)
     check(min(numbers) >= 1, f"positions and lengths must be at least 1, got {numbers}")
-    pad = tokenizer.pad_token_id
     written: list[dict[int, Continuation]] = []
     for document in documents:
         found = {}
         for position in positions:
             if len(document) <= position:
                 continue
-            prompt = torch.tensor([document[:position]])[:, -last if last else 0 :]
-            with frozen(model):
-                whole: Any = model.generate(  # type: ignore[operator]
-                    prompt.to(model.device),
-                    attention_mask=torch.ones_like(prompt).to(model.device),
-                    max_new_tokens=new_tokens,
-                    do_sample=False,
-                    pad_token_id=tokenizer.eos_token_id if pad is None else pad,
-                )
-            new = whole[0, prompt.shape[1] :].tolist()
+            prompt = document[:position][-last if last else 0 :]
+            (text,) = write_answers(model, tokenizer, [prompt], new_tokens=new_tokens)
             found[position] = Continuation(
-                str(tokenizer.decode(new, skip_special_tokens=True)),
-                str(tokenizer.decode(list(document[position : position + new_tokens]))),
+                text, str(tokenizer.decode(list(document[position : position + new_tokens])))
             )
         written.append(found)
     return written

@@ -30,9 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.core.config import Config, check
-from memlm.core.errors import MissingExtraError, UnsupportedModelError
 from memlm.core.progress import bar
-from memlm.evaluation.reader import read_whole
+from memlm.evaluation.figures import panels
+from memlm.evaluation.reader import enough_positions, read_whole
 from memlm.models.extend import extended
 from memlm.models.rope_scaling import SCALINGS, scaled_rope
 
@@ -215,15 +215,8 @@ def _measure(
     pieces = torch.stack([stream[end - read : end] for end in ends])
     rows = max(1, config.batch_tokens // read)
     start = time.perf_counter()
-    try:
-        with _prepared(model, method, length, config) as ready:
-            losses = torch.cat([read_whole(ready, part).cpu() for part in pieces.split(rows)])
-    except IndexError as error:
-        raise UnsupportedModelError(
-            f"texts of {read} tokens need positions that are computed, but those of "
-            f"{type(model).__name__} come from a table that ends earlier ({error}); use a model "
-            "with rotary positions or ALiBi"
-        ) from error
+    with enough_positions(model, read), _prepared(model, method, length, config) as ready:
+        losses = torch.cat([read_whole(ready, part).cpu() for part in pieces.split(rows)])
     seconds = time.perf_counter() - start
     means = losses[:, -config.scored :].mean(1)
     return LengthPoint(
@@ -261,7 +254,7 @@ def plot(curves: Mapping[str, LengthCurve], path: str) -> None:
     Raises:
         MissingExtraError: without matplotlib.
     """
-    figure, axes = _panels(len(curves))
+    figure, axes = panels(len(curves))
     for axis, (title, curve) in zip(axes, curves.items(), strict=True):
         for method in curve.config.methods:
             points = [x for x in curve.points if x.method == method]
@@ -272,14 +265,3 @@ def plot(curves: Mapping[str, LengthCurve], path: str) -> None:
         axis.set(xscale="log", yscale="log", title=title, xlabel="tokens", ylabel="perplexity")
     axes[0].legend()
     figure.savefig(path)
-
-
-def _panels(count: int) -> tuple[Any, Any]:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError(
-            "plots need matplotlib, which is not installed; run pip install 'memlm[plot]'"
-        ) from error
-    figure = Figure(figsize=(5 * count, 4), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]

@@ -12,6 +12,8 @@ Differs from LM-Infinite's code, which never scores the first token of a chunk a
 with the text.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from memlm.core.errors import InputError
+from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.models.extend import is_extended
 from memlm.models.head import find_head
 from memlm.models.running import frozen
@@ -99,3 +101,20 @@ def read_whole(model: PreTrainedModel, tokens: Tensor, *, chunk: int = 4096) -> 
     last = len(pieces) - 1
     parts = [reader.read(piece, go_on=number < last) for number, piece in enumerate(pieces)]
     return torch.cat(parts, dim=1)
+
+
+@contextmanager
+def enough_positions(model: PreTrainedModel, length: int) -> Iterator[None]:
+    """Turn the end of a table of positions into an error with a way out.
+
+    Raises:
+        UnsupportedModelError: if the block reads on beyond such a table.
+    """
+    try:
+        yield
+    except IndexError as error:
+        raise UnsupportedModelError(
+            f"texts of {length} tokens need positions that are computed, but those of "
+            f"{type(model).__name__} come from a table that ends earlier ({error}); use a model "
+            "with rotary positions or ALiBi"
+        ) from error
