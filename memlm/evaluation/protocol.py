@@ -8,6 +8,7 @@ an approximate memory only with that memory's recall beside it. So each result c
     boundaries  what context a token may see
     memory      its settings and measured recall, or None: then the line says "memory off"
     merge       how the memory joins the model
+    interpolated  memory and merge that were mixed in once more, if any
     carry       how far the memory carries state: "document", "window", or None without state
     state       the same in words
     units       nats, natural logarithm; bits are base 2
@@ -36,7 +37,6 @@ def protocol_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None =
         else f"begin token {begin} before each document as context only"
     )
     left_out = f", {scored['left_out']:,} left out" if scored["left_out"] else ""
-    own = protocol.get("left_out_of_memory", "nothing")
     return "; ".join(
         (
             protocol["windows_line"],
@@ -44,38 +44,48 @@ def protocol_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None =
             f"{'document' if scored['documents'] == 1 else 'documents'} scored once"
             f"{left_out}, {first}",
             "token-weighted, natural log",
-            memory_line(protocol["memory"], protocol["merge"], protocol["state"], stats)
-            + ("" if own == "nothing" else f", a token's own {own} left out"),
+            memory_line(protocol, stats),
         )
     )
 
 
-def memory_line(
-    memory: Mapping[str, Any] | None,
-    merge: Mapping[str, Any] | None,
-    state: str | None = None,
-    stats: Mapping[str, Any] | None = None,
-) -> str:
+def memory_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None = None) -> str:
     """The memory and its merge: ``"memory knn k=8 temperature=1, exact search, mixture lam=0.25"``.
 
     Args:
-        memory: what the memory's ``describe`` says, None if there was none.
-        merge: settings of the merge, None if there was none.
-        state: what the protocol says about carried state, None for nothing.
-        stats: what its steps cost, None if they were not counted.
+        protocol: as `memlm.evaluation.perplexity.evaluate` makes it.
+        stats: what the memory's steps cost, None if they were not counted.
     """
+    memory, merge, state = (protocol[name] for name in ("memory", "merge", "state"))
     if memory is None or merge is None:
         return OFF
+    parts = [_memory_words(memory), merge_words(merge)]
+    if again := protocol.get("interpolated"):
+        words = _memory_words(again["memory"])
+        parts.append(f"interpolated with {words}, {merge_words(again['merge'])}")
+    parts += [state] if state else []
+    parts += [saved_words(stats)] if stats else []
+    own, sure = protocol.get("left_out_of_memory", "nothing"), protocol.get("skip_above")
+    parts += [] if own == "nothing" else [f"a token's own {own} left out"]
+    parts += [] if sure is None else [f"not asked where the model is surer than {sure:g}"]
+    return ", ".join(parts)
+
+
+def _memory_words(memory: Mapping[str, Any]) -> str:
+    """Kind, settings and recall; of several memories, those of each."""
+    members = memory.get("members", [memory])
+    return "memory " + " + ".join(_member_words(member) for member in members)
+
+
+def _member_words(memory: Mapping[str, Any]) -> str:
     words = [str(memory.get("memory", "of unknown kind"))]
     words += [f"{name}={memory[name]:g}" for name in _SETTINGS if _number(memory, name)]
     words += ["recomputed"] if memory.get("recompute") else []
+    parts = [" ".join(words)]
     clusters = memory.get("clusters", False)
-    parts = [f"memory {' '.join(words)}"]
     if clusters is not False:
         parts.append(f"{clusters['clusters']:,} clusters" if clusters else "no clusters")
-    parts += [recall_words(memory), merge_words(merge)]
-    parts += [state] if state else []
-    parts += [saved_words(stats)] if stats else []
+    parts += [recall_words(memory)] if "index" in memory else []
     return ", ".join(parts)
 
 

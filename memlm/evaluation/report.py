@@ -63,10 +63,7 @@ def protocol_lines(evaluations: Mapping[str, Evaluation]) -> list[str]:
     shared: dict[str, list[str]] = {}
     lines = []
     for name, evaluation in evaluations.items():
-        values = evaluation.protocol
-        memory = memory_line(
-            values["memory"], values["merge"], values["state"], evaluation.memory_stats
-        )
+        memory = memory_line(evaluation.protocol, evaluation.memory_stats)
         shared.setdefault(evaluation.describe().removesuffix(f"; {memory}"), []).append(name)
         lines.append(f"{name}: {memory}")
     for name, evaluation in evaluations.items():
