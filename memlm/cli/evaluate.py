@@ -1,41 +1,49 @@
 """``memlm evaluate``: perplexity of a model, with and without its memory, on held-out text."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import arg
 
 from memlm.cli.lengths import LengthOptions
 from memlm.cli.options import (
     METHODS,
+    READ_TEXT,
     MemoryOptions,
     ModelOptions,
     TextOptions,
     show,
     write_result,
 )
+from memlm.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from memlm.core.merges import Mixture
     from memlm.data.windows import Windows
+    from memlm.memory.knn import KnnMemory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(LengthOptions, MemoryOptions, TextOptions, ModelOptions):
-    """Perplexity of MODEL on TEXT, alone and (with --store) with its memory, protocol included.
-    --tune chooses lam, the temperature and k on other held-out text first (for retomaton: those of
-    the same store searched at every token). With several lengths (--length 512 2048 8192):
-    perplexity of the same tokens after ever longer texts, by several ways to read them.
+    """Perplexity of MODEL on TEXT, alone and (with --store or --method trime) with its memory,
+    protocol included. --tune chooses lam, the temperature and k on other held-out text first (for
+    retomaton: those of the same store searched at every token). With several lengths (--length 512
+    2048 8192): perplexity of the same tokens after ever longer texts, by several ways to read them.
     """
 
     length: Annotated[tuple[int, ...], arg(metavar="N [N ...]")] = ()  # type: ignore[assignment]
     """Tokens the model reads at once (default: 512, or the model's positions if fewer; \
 knn-transformers: 1024); several: compare them."""
     tune: str | None = None
-    """Text on which lam and the temperature are chosen before TEXT is scored."""
-    carry: Literal["document", "window"] = "document"
-    """retomaton: its state goes on to the end of a document, or begins empty in each window."""
+    """knn, retomaton: text on which lam and the temperature are chosen before TEXT is scored."""
+    interpolate: Annotated[tuple[float, float] | None, arg(metavar="LAM TEMPERATURE")] = None
+    """trime: mix the datastore into the result once more, with this weight and a temperature of \
+its own, which divides the dot products."""
+    carry: Literal["document", "window"] | None = None
+    """What was read goes on to the end of a document (default for retomaton), or begins empty in \
+each window, but for the long-term memory (default for trime and cache)."""
     leave_out: Literal["nothing", "position", "document"] = "nothing"
     """knn, where the store is made of TEXT: tokens do not find their own entry, or none of their \
 own document."""
@@ -52,6 +60,7 @@ own document."""
         from memlm.evaluation.report import report, tuning_report
         from memlm.evaluation.tune import tune
 
+        self._check_method()
         model, tokenizer = self.load()
         corpus = self.corpus(tokenizer)
         if len(self.length) > 1:
@@ -65,7 +74,8 @@ own document."""
             )
         windows = self.windows(model)
         settings = {"batch_tokens": self.batch_tokens, "threads": self.threads}
-        memory, merge = self.memory()
+        memory: Any  # of one of the methods
+        memory, merge = self.memory(model)
         chosen = None
         if memory is not None and self.tune is not None:
             held_out = replace(self, text=self.tune).corpus(tokenizer)
@@ -82,7 +92,8 @@ own document."""
                 windows,
                 memory=memory,
                 merge=merge,
-                carry=self.carry,
+                interpolate=self._interpolated(memory),
+                carry=self.carry or ("window" if self.method in READ_TEXT else "document"),
                 leave_out=self.leave_out,
                 **settings,
             )
@@ -93,6 +104,27 @@ own document."""
         summaries = {name: result.summary() for name, result in results.items()}
         show(summaries, report(results), as_json=self.json)
         return 0
+
+    def _check_method(self) -> None:
+        if self.tune is not None and self.method in READ_TEXT:
+            raise InputError(
+                "--tune chooses for a store that is searched, so the method must be knn or "
+                f"retomaton, got {self.method}; compare a few values of --temperature instead"
+            )
+        if self.interpolate is not None and (self.method != "trime" or self.store is None):
+            raise InputError(
+                "--interpolate mixes TRIME's datastore in once more, so it needs --method trime "
+                f"and --store, got {self.method} and {self.store or 'no store'}"
+            )
+
+    def _interpolated(self, memory: Any) -> "tuple[KnnMemory, Mixture] | None":
+        from memlm.core.merges import Mixture
+
+        if self.interpolate is None:
+            return None
+        lam, temperature = self.interpolate
+        external = memory.members[-1]  # with its index, which is not opened again
+        return external.changed(external.k, temperature), Mixture(lam)
 
     def windows(self, model: "PreTrainedModel") -> "Windows":
         """The windows of the protocol, of the one length that was given."""

@@ -2,20 +2,29 @@
 
 import sys
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import METHODS, MemoryOptions, ModelOptions, show
+from memlm.cli.options import METHODS, READ_TEXT, MemoryOptions, ModelOptions, show
 from memlm.core.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from memlm.models.attach import MemoryForCausalLM
+    from memlm.models.cache import MemoryCache
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generate(MemoryOptions, ModelOptions):
-    """Continue PROMPT with MODEL, with --store also from its memory."""
+    """Continue PROMPT with MODEL, with --store or --method trime also from its memory."""
 
     prompt: Annotated[str | None, Positional, arg(metavar="PROMPT")] = None
     """Text to continue; without it, read from standard input."""
+    remember: str | None = None
+    """trime, cache with --long: text that is read into the long-term memory before PROMPT (a \
+folder, text file or .jsonl file)."""
     max_new_tokens: int = 64
     """Tokens to generate at most."""
     sample: bool = False
@@ -38,13 +47,14 @@ class Generate(MemoryOptions, ModelOptions):
         import torch
 
         from memlm.core.threads import torch_threads
-        from memlm.models.attach import attach
+        from memlm.models.attach import MemoryForCausalLM, attach
 
         prompt = sys.stdin.read() if self.prompt is None else self.prompt
         if not prompt:
             raise InputError("the prompt must not be empty; give some text to continue")
+        self._check_long()
         model, tokenizer = self.load()
-        memory, merge = self.memory()
+        memory, merge = self.memory(model)
         variants = {}
         if memory is None or self.compare:
             variants["base"] = model
@@ -56,11 +66,13 @@ class Generate(MemoryOptions, ModelOptions):
             for name, variant in variants.items():
                 if self.seed is not None:
                     torch.manual_seed(self.seed)
-                choice = (
+                choice: dict[str, Any] = (
                     {"temperature": self.sampling_temperature, "top_p": self.top_p, "top_k": 0}
                     if self.sample
                     else {}
                 )
+                if self.remember is not None and isinstance(variant, MemoryForCausalLM):
+                    choice["past_key_values"] = self._read_before(self.remember, variant, tokenizer)
                 tokens = variant.generate(
                     input_ids=inputs["input_ids"],
                     attention_mask=inputs["attention_mask"],
@@ -79,3 +91,29 @@ class Generate(MemoryOptions, ModelOptions):
 
         show({"prompt": prompt, "texts": texts}, Text(text), as_json=self.json)
         return 0
+
+    def _check_long(self) -> None:
+        if self.remember is not None and not (self.method in READ_TEXT and self.long):
+            raise InputError(
+                "--remember reads into a long-term memory, so it needs --method trime or cache and "
+                f"--long above 0, got {self.method} and {self.long}"
+            )
+        if self.long and self.remember is None:
+            raise InputError(
+                f"a long-term memory of {self.long} positions is empty when nothing was read "
+                "before; give --remember TEXT, or leave out --long"
+            )
+
+    def _read_before(
+        self, source: str, lm: "MemoryForCausalLM", tokenizer: "PreTrainedTokenizerBase"
+    ) -> "MemoryCache":
+        """A cache of the model whose long-term memory holds a text."""
+        import torch
+
+        from memlm.data.documents import read_documents
+        from memlm.data.tokens import tokenize
+        from memlm.methods.trime import begin_with, remember
+
+        text = tokenize(read_documents(source), tokenizer).tokens
+        tokens = torch.from_numpy(text.astype("int64"))[None].to(lm.device)
+        return begin_with(lm, remember(lm, tokens), copies=self.beams)

@@ -17,14 +17,21 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.core.merges import Merge
-    from memlm.core.types import Index
+    from memlm.core.types import Index, TokenMemory
     from memlm.data.tokens import TokenCorpus
     from memlm.data.windows import Windows
-    from memlm.memory.automaton import AutomatonMemory
     from memlm.memory.knn import KnnMemory
+    from memlm.models.attach import MemoryForCausalLM
 
 Protocol = Literal["sliding", "knn-transformers", "fairseq"]
-METHODS = {"knn": "kNN-LM", "retomaton": "RetoMaton"}
+METHODS = {
+    "knn": "kNN-LM",
+    "retomaton": "RetoMaton",
+    "trime": "TRIME",
+    "cache": "continuous cache",
+}
+READ_TEXT = ("trime", "cache")
+"""Methods that remember the text they read, and need no datastore."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,22 +115,28 @@ context)."""
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryOptions:
-    """Which datastore, and how it is consulted."""
+    """Which memory, and how it is consulted."""
 
     store: str | None = None
-    """Directory of a datastore; without it the model stands alone."""
-    method: Literal["knn", "retomaton"] = "knn"
+    """Directory of a datastore; without it the model stands alone, or with trime and cache \
+remembers the text alone."""
+    method: Literal["knn", "retomaton", "trime", "cache"] = "knn"
     """knn: search at every token (kNN-LM); retomaton: follow the store's pointers and search when \
-they run out."""
+they run out; trime: what was read before in this window (local memory), with --long also in those \
+before, with --store also a datastore of metric ip, all under the model's softmax; cache: the text \
+read before, mixed in (continuous cache)."""
+    long: int = 0
+    """trime, cache: positions of earlier windows that are remembered (the paper: 12288)."""
     index: Literal["auto", "exact"] = "auto"
     """Which index of the store to search: "auto" (the one built beside it, else exact) or \
 "exact"."""
     k: int = 1024
     """Neighbours per search."""
     temperature: float | Literal["auto"] = 1.0
-    """Divides the neighbours' scores; larger is flatter. "auto": the median distance gap."""
+    """Divides the neighbours' scores; larger is flatter. "auto": the median distance gap. trime, \
+cache: a number, beside the square root of the model's width."""
     lam: float = 0.25
-    """Weight of the memory in the mixture, from 0 to 1."""
+    """Weight of the memory in the mixture, from 0 to 1; trime has no mixture."""
     recompute: bool = False
     """Score the neighbours that an approximate index found by their exact distances (retomaton \
 always does)."""
@@ -137,10 +150,25 @@ once, with that much added to the score of entries that a pointer leads to."""
     clusters: Literal["auto", "none"] = "auto"
     """retomaton: "auto" (those made by `memlm cluster`, if any) or "none"."""
 
-    def memory(self) -> "tuple[KnnMemory | AutomatonMemory | None, Merge | None]":
-        """The memory and its merge, or two Nones without a store."""
+    def memory(self, model: "PreTrainedModel") -> "tuple[TokenMemory | None, Merge | None]":
+        """The memory and its merge; two Nones if a store is needed and there is none.
+
+        Args:
+            model: that it is for.
+
+        Raises:
+            InputError: if the options do not go together, or one is out of range.
+        """
         from memlm.core.merges import Mixture
 
+        if self.method in READ_TEXT:
+            lm = self._reading(model)
+            return lm.memory, lm.merge
+        if self.long:
+            raise InputError(
+                f"a long-term memory belongs to --method trime or cache, got {self.method}; leave "
+                "out --long"
+            )
         merge = Mixture(self.lam)
         if self.store is None:
             return None, None
@@ -160,6 +188,34 @@ once, with that much added to the score of entries that a pointer leads to."""
             index=self.index,
         )
         return memory, merge
+
+    def _reading(self, model: "PreTrainedModel") -> "MemoryForCausalLM":
+        """The model with what it remembers of the text, for the methods ``READ_TEXT``."""
+        from memlm.methods.trime import continuous_cache, trime
+        from memlm.store.reader import Datastore
+
+        temperature = self.temperature
+        if isinstance(temperature, str):
+            raise InputError(
+                f"the temperature of {self.method} must be a number, got {temperature!r}; 1.0 to "
+                "1.3 is usual"
+            )
+        if self.method == "cache":
+            if self.store is not None:
+                raise InputError(
+                    f"the continuous cache has no datastore, got {self.store}; leave out --store, "
+                    "or choose --method trime"
+                )
+            return continuous_cache(model, long=self.long, lam=self.lam, temperature=temperature)
+        return trime(
+            model,
+            None if self.store is None else Datastore.open(self.store),
+            long=self.long,
+            k=self.k,
+            temperature=temperature,
+            index=self.index,
+            recompute=self.recompute,
+        )
 
     def searched(self, index: "Index | None" = None) -> "KnnMemory":
         """The store searched at every token, whatever the method is.

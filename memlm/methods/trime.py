@@ -10,9 +10,10 @@ set of earlier positions and of the tokens that followed them (section 3):
     long-term  positions of the windows before                 `LongMemory`
     external   the nearest entries of a datastore              `KnnMemory`, metric "ip"
 
-`Together` makes one memory of them, `Union` puts it under the model's softmax. Training uses the
-same equation, with the batch as memory: `memlm.training.objectives`, ``memlm train --method trime``
-(local), ``trime_long`` and ``trime_ext``.
+`Together` makes one memory of them, `Union` puts it under the model's softmax; as a `Mixture` the
+first two are the continuous cache, the baseline without training. Training uses the same equation,
+with the batch as memory: `memlm.training.objectives`, ``memlm train --method trime`` (local),
+``trime_long`` and ``trime_ext``.
 
 Settings of the paper for WikiText-103, 247 M parameters (section 5; windows of 3,072 tokens): long
 12,288, k = 1024, temperature 1.17 for local memory alone, 1.22 with the long one, 1.25 with all.
@@ -27,8 +28,8 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from memlm.core.config import check
-from memlm.core.merges import Union
-from memlm.core.types import TokenMemory
+from memlm.core.merges import Mixture, Union
+from memlm.core.types import Index, TokenMemory
 from memlm.memory.knn import KnnMemory
 from memlm.memory.local import LocalMemory
 from memlm.memory.long import LongMemory, Overlap
@@ -48,6 +49,8 @@ def trime(
     k: int = 1024,
     temperature: float = 1.0,
     overlap: Overlap = "once",
+    index: Index | str = "auto",
+    recompute: bool = False,
 ) -> MemoryForCausalLM:
     """``model`` with its local memory, and with a long-term and an external one if asked for.
 
@@ -58,25 +61,65 @@ def trime(
         k: neighbours per search of the store.
         temperature: beside ``sqrt(dim)``, of all memories.
         overlap: see `LongMemory`; "twice" is what the paper's figures count.
+        index: of the store, see `KnnMemory`.
+        recompute: exact scores of what an approximate index found, see `KnnMemory`.
 
     Raises:
         InputError: if the store does not compare by dot product, or a number is out of range.
         FingerprintError: if the store was made by another model.
     """
-    text: Any = model.config.get_text_config()
-    scale = temperature * math.sqrt(text.hidden_size)
-    window = getattr(text, "max_position_embeddings", None) or 1 << 16
-    members: list[TokenMemory] = [LocalMemory(size=window, temperature=scale)]
-    if long:
-        members.append(LongMemory(size=long, temperature=scale, overlap=overlap))
+    members = _past(model, long, temperature, overlap)
     if store is not None:
         check(
             store.metric == "ip",
             f"TRIME compares keys by dot product, so the store's metric must be 'ip', got "
             f"{store.metric!r}; build the store with metric='ip'",
         )
-        members.append(KnnMemory(store, k=k, temperature=scale))
+        scale = temperature * _root_of_dim(model)
+        members.append(KnnMemory(store, k=k, temperature=scale, index=index, recompute=recompute))
     return attach(model, Together(*members), merge=Union())
+
+
+def continuous_cache(
+    model: PreTrainedModel, *, long: int = 0, lam: float = 0.25, temperature: float = 1.0
+) -> MemoryForCausalLM:
+    """The baseline that needs no training (Grave et al. 2017, eq. 3 and 4).
+
+    The same local and long-term memory, each position a candidate, but as a distribution of their
+    own that is mixed in: ``(1 - lam) p_model + lam p_cache``.
+
+    Args:
+        model: a causal language model.
+        long: positions of earlier windows that are remembered; 0: none.
+        lam: weight of the cache, from 0 to 1.
+        temperature: beside ``sqrt(dim)``; theta of the paper is ``1 / (sqrt(dim) temperature)``.
+
+    Raises:
+        InputError: if a number is out of range.
+    """
+    members = _past(model, long, temperature, "once")
+    return attach(model, Together(*members), merge=Mixture(lam))
+
+
+def _past(
+    model: PreTrainedModel, long: int, temperature: float, overlap: Overlap
+) -> list[TokenMemory]:
+    """The memories of the text that is read: of this window, and of those before."""
+    check(long >= 0, f"long must not be negative, got {long}; 0 is no long-term memory")
+    scale = temperature * _root_of_dim(model)
+    window = getattr(_text_config(model), "max_position_embeddings", None) or 1 << 16
+    members: list[TokenMemory] = [LocalMemory(size=window, temperature=scale)]
+    if long:
+        members.append(LongMemory(size=long, temperature=scale, overlap=overlap))
+    return members
+
+
+def _root_of_dim(model: PreTrainedModel) -> float:
+    return math.sqrt(_text_config(model).hidden_size)
+
+
+def _text_config(model: PreTrainedModel) -> Any:
+    return model.config.get_text_config()
 
 
 def remember(
@@ -85,7 +128,7 @@ def remember(
     """Read a text into the long-term memory, window by window, without predicting anything.
 
     Args:
-        lm: from `trime`, with ``long`` above 0.
+        lm: from `trime` or `continuous_cache`, with ``long`` above 0.
         input_ids: ``(rows, time)`` int64, the text of each row.
         state: what was read before; None: nothing.
         window: tokens read at once; None: as many as the model has positions for.
@@ -101,7 +144,7 @@ def remember(
         getattr(lm.memory, "spans_windows", False),
         f"only a long-term memory reads ahead, got {lm.memory.describe()}; call trime(..., long=n)",
     )
-    limit = getattr(lm.base.config.get_text_config(), "max_position_embeddings", None)
+    limit = getattr(_text_config(lm.base), "max_position_embeddings", None)
     length: int = window or limit or 1024
     check(length >= 2, f"window must be at least 2 tokens, got {length}")
     memory: Any = lm.memory
@@ -119,12 +162,12 @@ def begin_with(lm: MemoryForCausalLM, state: Any, *, rows: int = 1, copies: int 
     """A fresh cache whose memory has read something already: for ``past_key_values``.
 
     Args:
-        lm: from `trime`.
+        lm: from `trime` or `continuous_cache`.
         state: from `remember`, or of the cache that an earlier call returned, after ``finish``.
         rows: how many the state has.
         copies: of each row: the number of beams, or of sequences to return.
     """
     index = torch.arange(rows).repeat_interleave(copies)
     chosen = lm.memory.select_rows(state, index)
-    inner = DynamicCache(config=lm.base.config.get_text_config())
+    inner = DynamicCache(config=_text_config(lm.base))
     return MemoryCache(inner, lm.memory, chosen, rows * copies)
