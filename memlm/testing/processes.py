@@ -1,6 +1,7 @@
 """Several real processes on one machine, joined by gloo: for tests of what crosses processes."""
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
@@ -56,6 +57,8 @@ def _wait(ends: Sequence[Any], processes: Sequence[Any]) -> None:
 
 def _run(job, rank: int, size: int, folder: str, end, args) -> None:
     torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}  # as torchrun sets them
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
         place = (Path(folder) / "store").as_uri()
         dist.init_process_group("gloo", init_method=place, rank=rank, world_size=size)

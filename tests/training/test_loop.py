@@ -107,9 +107,6 @@ def test_settings_that_do_not_fit_the_machine_are_refused(tmp_path):
 
 def run_method(method, processes, out, changes):
     """Train with memory; with several processes, one of them."""
-    if processes > 1:
-        os.environ["LOCAL_RANK"] = os.environ["RANK"] = str(dist.get_rank())
-        os.environ["LOCAL_WORLD_SIZE"] = os.environ["WORLD_SIZE"] = str(processes)
     rows = 4 // processes
     changes = {"batch_tokens": rows * LENGTH, "ranks_per_stream": processes, **changes}
     config = TrainConfig(**settings(method=method, **changes))

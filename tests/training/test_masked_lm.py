@@ -10,7 +10,9 @@ from memlm.data.cleaning import CorpusCounts
 from memlm.data.documents import Document
 from memlm.data.masking import Masker, Masking
 from memlm.methods.tupe import pretrain_tupe
+from memlm.models.fingerprint import tokenizer_hash
 from memlm.models.tupe.heads import TupeForMaskedLM
+from memlm.testing.processes import run_processes
 from memlm.training.masked_lm import MaskedBlocks, tokenize_sentences, train_masked_lm
 from memlm.training.masked_lm_config import MaskedLMConfig
 from memlm.training.polynomial import PolynomialRate, warmup_steps_of
@@ -52,6 +54,23 @@ def test_tokenizer(tokenizer):
     assert "<url>" in words
     with pytest.raises(InputError, match="at least 64 tokens"):
         train_sentence_tokenizer(SENTENCES, 20)
+
+
+def test_a_tokenizer_is_a_function_of_its_sentences(tokenizer):
+    hashes = {tokenizer_hash(train_sentence_tokenizer(SENTENCES, 96)) for _ in range(4)}
+    assert hashes == {tokenizer_hash(tokenizer)}
+
+
+def test_learnt_pieces(tokenizer):
+    text = "the theta cat sat on the mat ."
+    tokens = tokenizer.tokenize(text)
+    assert tokenizer.decode(tokenizer.convert_tokens_to_ids(tokens)) == text
+    assert tokens.count("the</w>") == 2  # frequent words are whole
+    learnt = tokenizer.convert_ids_to_tokens(range(7, len(tokenizer) - 1))
+    assert len(tokenizer) <= 96
+    assert max(map(max, learnt)) <= "z"  # no private character is left
+    private = train_sentence_tokenizer([*SENTENCES, "\U000f0003at <url> the\U000f0001"], 96)
+    assert tokenizer_hash(private) == tokenizer_hash(tokenizer)
 
 
 def test_an_epoch_reads_every_block_once(tokenizer, sentences):
@@ -115,6 +134,33 @@ def test_pretraining_learns(tmp_path):
     assert counts.lines["once"] == len(set(SENTENCES))
     assert "words" in counts.describe()
     assert model.config.scheme == "tupe-r"
+
+
+def pretrain(accumulate, out):
+    documents = [Document(str(n), "\n".join(SENTENCES[n::4])) for n in range(4)]
+    config = MaskedLMConfig(**SMALL, max_steps=4, accumulate=accumulate, dropout=0.0, device="cpu")
+    pretrain_tupe(documents, out, config, vocab_size=96, quiet=True)
+
+
+def test_two_processes_are_one_with_twice_the_batches(tmp_path):
+    pretrain(2, tmp_path / "one")
+    run_processes(pretrain, 2, 1, tmp_path / "two")
+    summaries = [json.loads((tmp_path / n / "training.json").read_text()) for n in ("one", "two")]
+    assert [summary["processes"] for summary in summaries] == [1, 2]
+    assert summaries[0]["tokens"] == summaries[1]["tokens"]
+    for a, b in zip(*(summary["curve"] for summary in summaries), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    one, two = (TupeForMaskedLM.from_pretrained(tmp_path / n) for n in ("one", "two"))
+    for name, value in one.state_dict().items():
+        torch.testing.assert_close(two.state_dict()[name], value, atol=1e-5, rtol=1e-4)
+
+
+def test_an_interrupted_pretraining_learns_the_same_tokenizer_again(tmp_path):
+    pretrain(1, tmp_path / "run")
+    (tmp_path / "run" / "training.json").unlink()
+    documents = [Document(str(n), "\n".join(SENTENCES[n::4])) for n in range(4)]
+    config = MaskedLMConfig(**SMALL, max_steps=4, dropout=0.0, device="cpu")
+    pretrain_tupe(documents, tmp_path / "run", config, vocab_size=96, resume=True, quiet=True)
 
 
 def test_published_recipe():
