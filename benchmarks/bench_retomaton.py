@@ -6,8 +6,8 @@ Perplexity against the fraction of saved searches, in three cases:
     adaptation    the same model, a datastore of the United States Code, measured on other sections
     fine-tuned    the same after fine-tuning on the sections that the datastore is made of
 
-and for three ways to save searches: kNN-LM that searches at a random share of positions, RetoMaton
-without clusters, RetoMaton with clusters; for RetoMaton `min_knns` sweeps from 1 (most saved) to
+and for four ways to save searches: kNN-LM that searches at a random share of positions, or only
+where the model is unsure of its likeliest token, RetoMaton without clusters, RetoMaton with them; for RetoMaton `min_knns` sweeps from 1 (most saved) to
 never reached (none saved). lam and the temperature are chosen per case on held-out documents, by
 kNN-LM with a search at every position; all methods score their candidates by exact distances, and
 search one IVF-PQ index whose recall is printed. Protocol: sliding windows within documents, state
@@ -56,11 +56,14 @@ from memlm.training.blocks import TrainingBlocks, collate, pack
 from memlm.training.schedule import Schedule
 
 CASES = {"in-domain": "tinystories", "adaptation": "uscode", "fine-tuned": "uscode"}
-KNN, PLAIN, CLUSTERED = "kNN-LM, random", "RetoMaton w/o clusters", "RetoMaton"
+KNN, UNSURE = "kNN-LM, random", "kNN-LM, where the model is unsure"
+PLAIN, CLUSTERED = "RetoMaton w/o clusters", "RetoMaton"
+METHODS = (KNN, UNSURE, PLAIN, CLUSTERED)
 WITHOUT_LEADING_SPACE = ("tinystories-656k",)
 NEVER = 10**9
 MIN_KNNS = (1, 8, 64, NEVER)
 SHARES = (0.0, 0.25, 0.5, 0.75)
+BOUNDS = (0.9, 0.7, 0.5, 0.35, 0.25, 0.15)  # of the likeliest token's probability
 ITERATIONS, ROWS, RATE = 5, 16, 1e-3
 
 
@@ -93,6 +96,7 @@ def memories(knn: KnnMemory, clusters) -> list[tuple[str, dict[str, Any], TokenM
     points: list[tuple[str, dict[str, Any], TokenMemory]] = [
         (KNN, {"share": share}, SkippingMemory(knn, share=share)) for share in SHARES
     ]
+    points += [(UNSURE, {"skip_above": bound}, knn) for bound in BOUNDS]
     settings: dict[str, Any] = {"k": knn.k, "temperature": knn.temperature}
     for label, states in ((PLAIN, None), (CLUSTERED, clusters)):
         walking = AutomatonMemory(knn.store, **settings, clusters=states, index=knn.index)
@@ -143,7 +147,17 @@ def measure(case: str, options: argparse.Namespace, scratch: Path) -> dict[str, 
     base = evaluate(model, texts["test"], WINDOWS, **settings)
     points = []
     for method, setting, memory in memories(knn, clusters):
-        row = evaluate(model, texts["test"], WINDOWS, memory=memory, merge=chosen.merge, **settings)
+        if method not in options.methods:
+            continue
+        row = evaluate(
+            model,
+            texts["test"],
+            WINDOWS,
+            memory=memory,
+            merge=chosen.merge,
+            skip_above=setting.get("skip_above"),
+            **settings,
+        )
         points.append(point(method, setting, row, base))
         print(f"{case}: {method} {setting} {row.perplexity:.3f} saved {row.saved:.2f}", flush=True)
     return {
@@ -178,8 +192,10 @@ def table(cases: list[dict[str, Any]]) -> str:
     """The paper's tables: nothing saved, and about half (the measured point that is nearest)."""
     lines = ["| case | base | method | none saved | about half saved |", "|---|---|---|---|---|"]
     for case in cases:
-        for method in (KNN, PLAIN, CLUSTERED):
+        for method in METHODS:
             points = [point for point in case["points"] if point["method"] == method]
+            if not points:
+                continue
             none, half = (
                 min(points, key=lambda point: abs(point["saved"] - wanted)) for wanted in (0, 0.5)
             )
@@ -196,15 +212,16 @@ def draw(cases: list[dict[str, Any]], path: Path):
     figures = require("matplotlib.figure", extra="plot", purpose="draw the curves")
     figure = figures.Figure(figsize=(4.2 * len(cases), 3.6), layout="constrained")
     for axes, case in zip(figure.subplots(1, len(cases), squeeze=False)[0], cases, strict=True):
-        for method, marker in ((KNN, "s"), (PLAIN, "^"), (CLUSTERED, "o")):
+        for method, marker in zip(METHODS, "sv^o", strict=True):
             points = sorted(
                 (point["saved"], point["perplexity"])
                 for point in case["points"]
                 if point["method"] == method
             )
-            if method == KNN:  # nothing is left to search: the model alone
+            if points and method in (KNN, UNSURE):  # nothing is left to search: the model alone
                 points.append((1.0, case["base"]["perplexity"]))
-            axes.plot(*zip(*points, strict=True), marker=marker, label=method)
+            if points:
+                axes.plot(*zip(*points, strict=True), marker=marker, label=method)
         axes.set(title=case["case"], xlabel="saved searches", ylabel="perplexity", xlim=(0, 1))
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
@@ -228,6 +245,7 @@ def main():
     parser.add_argument("--entries-per-cluster", type=int, default=200)
     parser.add_argument("--steps", type=int, default=300, help="of fine-tuning")
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--plot", choices=("png", "svg"), default="svg")
     parser.add_argument("--name", default="retomaton", help="of the files under results")
     options = parser.parse_args()

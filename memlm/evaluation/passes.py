@@ -105,6 +105,7 @@ class Scored(NamedTuple):
         windows: alike.
         batch: the batch behind them, on the model's device.
         states: ``(rows, width, dim)`` tap states of all inputs.
+        hidden: ``(queries, dim)`` final hidden states before the scored tokens.
     """
 
     base: TargetPartial
@@ -114,6 +115,7 @@ class Scored(NamedTuple):
     windows: NDArray[np.int64]
     batch: Batch
     states: Tensor
+    hidden: Tensor
 
     @property
     def rows(self) -> Rows:
@@ -164,7 +166,8 @@ class Pass:
                 last = hooks.enter_context(capture(self.model, final))
                 tapped = hooks.enter_context(capture(self.model, self.tap))
                 inner(input_ids=batch.input_ids, use_cache=False)
-                base = self.head.target(_by_row(reached(last, final), batch)[scored], targets)
+                hidden = _by_row(reached(last, final), batch)[scored]
+                base = self.head.target(hidden, targets)
                 states = _by_row(reached(tapped, self.tap), batch)
             counts, first = self.table.targets[numbers], self.table.first[numbers]
             offset = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -176,6 +179,7 @@ class Pass:
                 windows=np.repeat(numbers, counts),
                 batch=batch,
                 states=states,
+                hidden=hidden,
             )
 
 

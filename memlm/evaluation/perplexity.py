@@ -64,6 +64,7 @@ def evaluate(
     carry: str = "document",
     walk_rows: int = WALK_ROWS,
     leave_out: str = "nothing",
+    skip_above: float | None = None,
     threads: int | None = None,
     keep_tokens: bool = False,
     progress: bool = True,
@@ -89,6 +90,8 @@ def evaluate(
             ``length * dim`` numbers for each, and ``size * dim`` for a `LongMemory`.
         leave_out: what a scored token must not find where the store was made of the very same
             text: ``"position"``, its own entry, or ``"document"``, all of its document.
+        skip_above: ask a memory without state only where the model's own likeliest token has at
+            most this probability: the simplest way to save searches, to compare others with.
         threads: CPU threads of torch during the evaluation; None: as they are.
         keep_tokens: keep the log-probability of every token on the result.
         progress: show a bar for work over two seconds.
@@ -116,6 +119,12 @@ def evaluate(
     )
     check_choice("carry", carry, CARRIES)
     check_choice("leave_out", leave_out, LEAVE_OUT)
+    check(
+        skip_above is None
+        or (0 < skip_above <= 1 and leave_out == "nothing" and _stateless(memory)),
+        "skip_above must be a probability, for a memory without state that leaves out nothing, got "
+        f"{skip_above}",
+    )
     own = None if leave_out == "nothing" else OwnEntries(memory, corpus, leave_out)
     check(
         carry == "window" or not getattr(memory, "spans_windows", False),
@@ -147,7 +156,14 @@ def evaluate(
             int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
         ) as shown:
             for rows, recalled in recall(
-                plan, memory, watch, figures, carry=carry, walk_rows=walk_rows, own=own
+                plan,
+                memory,
+                watch,
+                figures,
+                carry=carry,
+                walk_rows=walk_rows,
+                own=own,
+                skip_above=skip_above,
             ):
                 partial = rows.base
                 if recalled is not None and merge is not None:
@@ -165,6 +181,7 @@ def evaluate(
     if memory is not None:
         protocol["without_candidates"] = sums.empty
         protocol["left_out_of_memory"] = leave_out
+        protocol["skip_above"] = skip_above
     if interpolate is not None:
         protocol["interpolated"] = {
             "memory": interpolate[0].describe(),
@@ -253,7 +270,7 @@ def protocol_of(
     corpus, table = plan.corpus, plan.table
     lengths = np.diff(corpus.offsets)
     begins = 0 if corpus.begin_token is None else int((lengths > 0).sum())
-    stateless = memory is None or memory.init_state(1) is None
+    stateless = memory is None or _stateless(memory)
     return {
         "windows": windows.to_dict(),
         "windows_line": windows.describe(),
@@ -277,6 +294,10 @@ def protocol_of(
         "carry": None if stateless else carry,
         "state": None if stateless else _state_words(plan, memory, carry),
     }
+
+
+def _stateless(memory: TokenMemory | None) -> bool:
+    return memory is not None and memory.init_state(1) is None
 
 
 def _state_words(plan: Pass, memory: TokenMemory | None, carry: str) -> str:

@@ -28,6 +28,7 @@ its numbers depend on the batch size; fairseq begins anew in every block and wal
 only.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -96,6 +97,7 @@ def recall(
     carry: str = "document",
     walk_rows: int = WALK_ROWS,
     own: OwnEntries | None = None,
+    skip_above: float | None = None,
 ) -> Iterator[tuple[Rows, TargetPartial | None]]:
     """Every scored token once, with what the memory says about it.
 
@@ -109,14 +111,19 @@ def recall(
             (of more where windows are short): ``walk_rows * length * dim`` numbers, 100 MB for 64
             windows of 512 tokens, 768 dimensions and float32; and whatever the memory's state is.
         own: what each scored token must not find.
+        skip_above: where the model's likeliest token has more than this probability, a memory
+            without state is not asked; its searches are counted then.
     """
     if memory is None:
         yield from ((scored.rows, None) for scored in plan.run(watch))
     elif memory.init_state(1) is None:
         for scored in plan.run(watch):
             with watch.measure("memory"):
-                asked = memory if own is None else own.without(scored.places)
-                recalled = asked.score(scored.queries, scored.targets, None)[0]
+                if skip_above is not None:
+                    recalled = _ask_where_unsure(plan, memory, scored, figures, skip_above)
+                else:
+                    asked = memory if own is None else own.without(scored.places)
+                    recalled = asked.score(scored.queries, scored.targets, None)[0]
             yield scored.rows, recalled
     elif carry == "window" and is_windowed(memory):
         yield from ask_by_window(plan, memory, watch, *chains(plan.table, plan.corpus), walk_rows)
@@ -132,6 +139,20 @@ def recall(
         for start in range(0, len(longest), walk_rows):
             group = longest[start : start + walk_rows]
             yield from _walk_group(plan, memory, watch, figures, first[group], last[group])
+
+
+def _ask_where_unsure(
+    plan: Pass, memory: TokenMemory, scored: Scored, figures: Figures, skip_above: float
+) -> TargetPartial:
+    """The memory's partial where the model is unsure, an empty one elsewhere."""
+    asking = plan.head.confidence(scored.hidden) <= math.log(skip_above)
+    searches = int(asking.sum())
+    figures.add({"steps": len(asking), "searches": searches})
+    answers = torch.full_like(torch.stack(scored.base), -torch.inf)
+    if searches:
+        found = memory.score(scored.queries[asking], scored.targets[asking], None)[0]
+        answers[:, asking] = torch.stack(found).to(answers)
+    return TargetPartial(*answers)
 
 
 def chains(table: WindowTable, corpus: TokenCorpus) -> tuple[Integers, Integers]:

@@ -116,6 +116,23 @@ class Head:
             return TargetPartial(empty, empty)
         return TargetPartial(torch.cat(lse), torch.cat(own))
 
+    def confidence(self, hidden: Tensor, chunk: int | None = None) -> Tensor:
+        """The log-probability of the likeliest token.
+
+        Args:
+            hidden: ``(queries, dim)`` final hidden states.
+            chunk: rows whose logits are held at once; None picks about 32 MiB worth.
+
+        Returns:
+            ``(queries,)`` natural log, in float32 or wider.
+        """
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        parts = [hidden.new_empty(0, dtype=wide)]
+        for part in hidden.split(chunk or max(1, _CHUNK_ENTRIES // self.vocab_size)):
+            logits = self.logits(part).to(wide)
+            parts.append(logits.amax(-1) - torch.logsumexp(logits, dim=-1))
+        return torch.cat(parts)
+
 
 def find_head(model: PreTrainedModel) -> Head:
     """The head of a causal language model, proven by a probe forward pass.

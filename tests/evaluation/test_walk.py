@@ -259,3 +259,26 @@ def test_mistakes(model):
     ):
         with pytest.raises(InputError, match=message):
             evaluate(model, corpus_of(), SlidingWindows(8, 3), memory=PastMemory(), **wrong)
+
+
+def test_a_sure_model_does_not_ask(model):
+    """Where the model is surer than the bound it stands alone; elsewhere the memory is heard."""
+    corpus, windows = texts((30, 21)), SlidingWindows(16, 8)
+    memory, settings = FixedMemory(), {"keep_tokens": True, "progress": False}
+    alone = evaluate(model, corpus, windows, **settings).token_log_probabilities
+    always = evaluate(model, corpus, windows, memory=memory, **settings).token_log_probabilities
+    plan = plan_pass(model, corpus, windows, tap="auto", batch_tokens=64)
+    sure = np.zeros(corpus.offsets[-1])
+    with torch.no_grad():
+        for scored in plan.run(Stopwatch(model.device)):
+            sure[scored.places] = plan.head.confidence(scored.hidden).exp()
+    bound = float(np.sort(sure[sure > 0])[[20, 21]].mean())
+    got = evaluate(model, corpus, windows, memory=memory, skip_above=bound, **settings)
+    asked = sure[sure > 0] <= bound
+    np.testing.assert_allclose(
+        got.token_log_probabilities, np.where(asked, always, alone), atol=1e-6
+    )
+    assert got.saved == pytest.approx(1 - asked.mean())
+    assert f"not asked where the model is surer than {bound:g}" in got.describe()
+    with pytest.raises(InputError, match="skip_above must be a probability, for a memory without"):
+        evaluate(model, corpus, windows, memory=memory, skip_above=0, **settings)
