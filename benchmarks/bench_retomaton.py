@@ -7,8 +7,8 @@ Perplexity against the fraction of saved searches, in three cases:
     fine-tuned    the same after fine-tuning on the sections that the datastore is made of
 
 and for four ways to save searches: kNN-LM that searches at a random share of positions, or only
-where the model is unsure of its likeliest token, RetoMaton without clusters, RetoMaton with them; for RetoMaton `min_knns` sweeps from 1 (most saved) to
-never reached (none saved). lam and the temperature are chosen per case on held-out documents, by
+where the model is unsure of its likeliest token, RetoMaton without clusters, RetoMaton with them;
+for RetoMaton `min_knns` sweeps from 1 (most saved) to never reached (none saved). lam and the temperature are chosen per case on held-out documents, by
 kNN-LM with a search at every position; all methods score their candidates by exact distances, and
 search one IVF-PQ index whose recall is printed. Protocol: sliding windows within documents, state
 carried through each document.
