@@ -1,77 +1,29 @@
 """TRIME's recorded models as ours, and what its criteria make of some targets."""
 
 import json
-import re
 
 import torch
 from safetensors.torch import load_file
 
 from memlm.core.types import TargetPartial
-from memlm.models.adaptive.config import AdaptiveConfig
-from memlm.models.adaptive.decoder import AdaptiveForCausalLM
+from memlm.importers.adaptive import convert
 
 PAD = 1
-_NAMES = (
-    (r"embed_tokens\.embeddings\.(\d)\.0\.", r"model.embed_tokens.tables.\1."),
-    (r"embed_tokens\.embeddings\.(\d)\.1\.", r"model.embed_tokens.projections.\1."),
-    (r"layers\.(\d+)\.final_layer_norm\.", r"model.layers.\1.ffn_layer_norm."),
-    (r"layers\.", "model.layers."),
-    (r"layer_norm\.", "model.norm."),
-    (r"adaptive_softmax\.head\.word_proj\.", "lm_head.tables.0."),
-    (r"adaptive_softmax\.head\.class_proj\.", "lm_head.classes."),
-)
 
 
 def read_args(folder):
     return json.loads((folder / "args.json").read_text())
 
 
-def our_name(name):
-    """The name of a parameter of fairseq's decoder in ours; None for what ours has not."""
-    name = name.removeprefix("decoder.")
-    if "_float_tensor" in name or name.endswith("version"):
-        return None
-    if tail := re.match(r"adaptive_softmax\.tail\.(\d+)\.([02])\.weight", name):
-        number = int(tail[1])
-        if tail[2] == "0":
-            return f"lm_head.projections.{number}.weight"
-        return f"lm_head.tables.{number + 1}.weight"
-    for pattern, ours in _NAMES:
-        if re.match(pattern, name):
-            return re.sub(f"^{pattern}", ours, name, count=1)
-    raise AssertionError(f"{name} is no parameter of a decoder")
-
-
 def load_model(folder):
     """The model of a case, in evaluation mode."""
-    args, weights = read_args(folder), load_file(folder / "model.safetensors")
-    tables = [w for n, w in weights.items() if re.search(r"embeddings\.\d\.0\.weight", n)]
-    config = AdaptiveConfig(
-        vocab_size=sum(len(table) for table in tables),
-        hidden_size=args["decoder_embed_dim"],
-        intermediate_size=args["decoder_ffn_embed_dim"],
-        num_hidden_layers=args["decoder_layers"],
-        num_attention_heads=args["decoder_attention_heads"],
-        max_position_embeddings=args["tokens_per_sample"],
-        input_cutoffs=[int(cut) for cut in args["adaptive_input_cutoff"].split(",")],
-        output_cutoffs=[int(cut) for cut in args["adaptive_softmax_cutoff"].split(",")],
-        input_factor=args["adaptive_input_factor"],
-        output_factor=args["adaptive_softmax_factor"],
-        tie_word_embeddings=args["tie_adaptive_weights"],
-        tie_projections=args["tie_adaptive_proj"],
-        final_norm=not args["no_decoder_final_norm"],
-    )
-    model = AdaptiveForCausalLM(config).eval()
-    state = {}
-    for name, weight in weights.items():
-        if (ours := our_name(name)) is None or weight.numel() == 0:
-            continue
-        own_projection = ours.startswith("lm_head.projections") and not args["tie_adaptive_proj"]
-        state[ours] = weight.T.contiguous() if own_projection else weight
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not missing, missing
-    assert not unexpected, unexpected
-    return model
+    return load_named(folder)[0]
+
+
+def load_named(folder):
+    """The model of a case, and the name in it of every tensor that was recorded."""
+    model, report = convert(read_args(folder), load_file(folder / "model.safetensors"))
+    return model, report.renamed
 
 
 class OriginalHead:
