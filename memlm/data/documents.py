@@ -4,7 +4,7 @@ A document is the unit in which text is remembered and evaluated: windows do not
 by default, and a remembered token names the document it came from. What becomes one document:
 
 * a text file (also .gz, .bz2, .xz, .zst): one, or several if a separator is given;
-* a .jsonl file: one per line, the text in one field;
+* a .jsonl file: one per line, the text in one field, or the line itself a JSON string;
 * a folder: those of every text file in it, in the order of their paths;
 * a data set or any iterable: one per row, string or ``Document``.
 
@@ -39,6 +39,7 @@ SUFFIXES = tuple(
 )
 """Files of a folder that are read, by the end of their names, compressed or not."""
 
+_UNREADABLE = (OSError, EOFError, lzma.LZMAError, zlib.error)
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -160,8 +161,8 @@ def _from_file(path: Path, name: str, text_field: str, separator: str | None) ->
                 yield from _records(file, path, name, text_field)
                 return
             text = _decode(file.read(), str(path)).replace("\r\n", "\n")
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise InputError(f"{path} must be a file that can be read, but is not ({error})") from error
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
     if separator is None:
         yield Document(name, text)
         return
@@ -173,7 +174,30 @@ def _from_file(path: Path, name: str, text_field: str, separator: str | None) ->
         yield Document(f"{name}#{number}", piece)
 
 
+def read_records(path: Path) -> Iterator[tuple[str, Any]]:
+    """Every line of a .jsonl file, compressed or not, with what errors call it.
+
+    Raises:
+        InputError: if the file cannot be read or a line is not JSON.
+    """
+    try:
+        with _open(path) as file:
+            yield from ((where, record) for _, where, record in _json_lines(file, path))
+    except _UNREADABLE as error:
+        raise _unreadable(path, error) from error
+
+
 def _records(file: BinaryIO, path: Path, name: str, text_field: str) -> Iterator[Document]:
+    for number, where, record in _json_lines(file, path):
+        if isinstance(record, str):
+            yield Document(f"{name}:{number}", record)
+            continue
+        if not isinstance(record, dict):
+            raise InputError(f"{where} must be one JSON object, got {type(record).__name__}")
+        yield _from_record(record, text_field, where, f"{name}:{number}")
+
+
+def _json_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str, Any]]:
     for number, line in enumerate(file, start=1):
         where = f"{path}, line {number}"
         text = _decode(line, where)
@@ -183,9 +207,7 @@ def _records(file: BinaryIO, path: Path, name: str, text_field: str) -> Iterator
             record = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"{where} must be one JSON object, but is not ({error})") from error
-        if not isinstance(record, dict):
-            raise InputError(f"{where} must be one JSON object, got {type(record).__name__}")
-        yield _from_record(record, text_field, where, f"{name}:{number}")
+        yield number, where, record
 
 
 def _from_items(items: Iterable[Any], text_field: str) -> Iterator[Document]:
@@ -218,6 +240,10 @@ def _from_record(
         )
     named = (record[key] for key in ("id", "title") if record.get(key) not in (None, ""))
     return Document(str(next(named, otherwise)), text)
+
+
+def _unreadable(path: Path, error: BaseException) -> InputError:
+    return InputError(f"{path} must be a file that can be read, but is not ({error})")
 
 
 def _decode(data: bytes, where: str) -> str:

@@ -1,14 +1,18 @@
 """The tasks of LM-Infinite's scripts: data, prompts, truncation and scores, to the letter."""
 
 import json
+import re
 
 import pytest
 from conftest import sibling
 from transformers import AutoTokenizer
 
 from memlm.data.passkey import INSTRUCTION, ORIGINAL_SUFFIX, SENTENCES, original_passkeys
+from memlm.data.pile import read_pile, split_pile
+from memlm.data.qasper import read_qasper
 from memlm.evaluation.answers import answer_f1, mean_f1, normalise_answer
 from memlm.evaluation.passkey import passkey_accuracy
+from memlm.evaluation.positions import truncate
 
 
 def read(folder):
@@ -54,3 +58,44 @@ def test_f1(golden_lminfinite_qasper_f1):
         assert answer_f1(case["prediction"], case["references"]) == pytest.approx(case["f1"])
     pairs = [(case["prediction"], case["references"]) for case in golden["single"]]
     assert mean_f1(*zip(*pairs, strict=True)) == pytest.approx(golden["compute_f1"])
+
+
+def test_prompts(golden_lminfinite_qasper_f1):
+    golden = read(golden_lminfinite_qasper_f1)
+    for name, style in (("qasper", "chat"), ("qasper_plain", "plain")):
+        made = read_qasper(golden["documents"], style=style)
+        expected = [
+            (row["prompt"], tuple(row["target"]), row["id"]) for row in golden["examples"][name]
+        ]
+        assert [(row.prompt, row.references, row.document) for row in made] == expected
+
+
+def test_truncation(golden_lminfinite_tokenize_truncation):
+    folder = golden_lminfinite_tokenize_truncation
+    golden, tokenizer = read(folder), tokenizer_of(folder)
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "right"
+    for case in golden["cases"]:
+        texts = case.get("texts") or [golden["text"]]
+        padded = tokenizer(texts, padding=True)
+        for name in ("input_ids", "attention_mask"):
+            expected = case[name] if case.get("batch") else [case[name]]
+            rule = case["max_length"], case["truncation_side"]
+            assert [truncate(row, *rule) for row in padded[name]] == expected
+
+
+def test_subsets(golden_lminfinite_pile_dataset, tmp_path):
+    golden = read(golden_lminfinite_pile_dataset)
+    raw = tmp_path / "raw.jsonl"
+    raw.write_text("".join(json.dumps(row) + "\n" for row in golden["raw_jsonl"]))
+    split_pile(raw, tmp_path / "split")
+    written = {path.name: path.read_text() for path in (tmp_path / "split").iterdir()}
+    assert written == golden["split_files"]
+    for name, expected in golden.items():
+        if name in ("raw_jsonl", "split_files"):
+            continue
+        subset, _, rest = name.partition("_")
+        found = re.fullmatch(r"all|max(\d+)_from(\d+)", rest)
+        limit, start = (int(number) if number else None for number in found.groups())
+        documents = read_pile(tmp_path / "split" / f"{subset}.jsonl", start=start, limit=limit)
+        assert [document.text for document in documents] == expected
