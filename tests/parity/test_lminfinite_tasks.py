@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 from conftest import sibling
 from transformers import AutoTokenizer
@@ -11,6 +12,7 @@ from memlm.data.passkey import INSTRUCTION, ORIGINAL_SUFFIX, SENTENCES, original
 from memlm.data.pile import read_pile, split_pile
 from memlm.data.qasper import read_qasper
 from memlm.evaluation.answers import answer_f1, mean_f1, normalise_answer
+from memlm.evaluation.curves import score_bound, smooth
 from memlm.evaluation.passkey import passkey_accuracy
 from memlm.evaluation.positions import truncate
 
@@ -99,3 +101,14 @@ def test_subsets(golden_lminfinite_pile_dataset, tmp_path):
         limit, start = (int(number) if number else None for number in found.groups())
         documents = read_pile(tmp_path / "split" / f"{subset}.jsonl", start=start, limit=limit)
         assert [document.text for document in documents] == expected
+
+
+def test_curves(golden_lminfinite_visualization_numbers):
+    golden = read(golden_lminfinite_visualization_numbers)
+    losses, scores = golden["plot_nll"], golden["attention_explosion"]
+    found = smooth(losses["token_means"], losses["gamma"], rule="original")
+    np.testing.assert_allclose(found, losses["smoothed"], rtol=1e-10)
+    bound = score_bound(scores["last_token_logits"])
+    np.testing.assert_allclose(bound.rows, scores["running_max"], rtol=1e-6)
+    np.testing.assert_allclose(bound.mean, scores["mean"], rtol=1e-5)
+    np.testing.assert_allclose(bound.deviation, scores["std_ddof1"], rtol=1e-5)
