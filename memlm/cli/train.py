@@ -28,13 +28,13 @@ class Train:
     text: Annotated[str, Positional, arg(metavar="TEXT")]
     """Folder, text file or .jsonl file (also .gz, .xz, .zst); or a published corpus and its \
 split: wikitext-103:train, wikitext-2:train, enwik8:train, ...; or fairseq's binarised text \
-(train.bin), with its dict.txt beside it."""
+(train.bin), with its dict.txt beside it; for retro a database with neighbours (`memlm retro`)."""
     out: str
     """Directory of the model, its tokenizer and checkpoints."""
-    method: Literal["ce", "trime", "trime_long", "trime_ext", "tupe"] | None = None
+    method: Literal["ce", "trime", "trime_long", "trime_ext", "tupe", "retro"] | None = None
     """ce: plain; trime: with the text's own past as memory; trime_long: and the segments before \
-it; trime_ext: and other segments of the batch; tupe: an encoder on masked tokens (default: the \
-recipe's, else ce)."""
+it; trime_ext: and other segments of the batch; tupe: an encoder on masked tokens; retro: a model \
+that reads the neighbours of its chunks (default: the recipe's, else ce)."""
     model: str | None = None
     """Folder or Hub id of a model to continue (default: a new one)."""
     preset: Literal["tiny", "small", "base", "demo"] | None = None
@@ -88,6 +88,10 @@ without one, train it)."""
             from memlm.cli.pretrain import pretrain
 
             return pretrain(self)
+        if self.method == "retro":
+            from memlm.cli.train_retro import train_with_neighbours
+
+            return train_with_neighbours(self)
         from memlm.training.causal_lm import train_causal_lm
         from memlm.training.plan import describe_training, shape_of
 

@@ -5,9 +5,11 @@
     3. `memlm.index`                  an index over the embeddings                         (2.2)
     4. `memlm.retrieval.neighbours`   k neighbours of every chunk, not of its own document (2.2)
     5. `memlm.retrieval.dataset`      sequences of chunks with neighbours and continuations
+    6. `memlm.models.retro`           encoder, decoder, chunked cross-attention            (2.3-2.5)
+    7. `memlm.training.retro`         AdamW on the common training loop                    (C)
 
-Steps 2 and 3 are for dense retrieval; BM25 needs neither. The model and its training are in
-`memlm.models.retro` and `memlm.training`.
+Steps 2 and 3 are for dense retrieval; BM25 needs neither. `retro_database` is steps 1 to 4 in one
+call.
 """
 
 import shutil

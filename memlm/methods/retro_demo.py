@@ -9,11 +9,9 @@ measured on held-out documents with retrieval on, off, and with the neighbours o
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch.utils.data import default_collate
 from transformers import PreTrainedTokenizerBase
 
 from memlm.core.files import write_json
@@ -24,18 +22,15 @@ from memlm.evaluation.retro import RetroEvaluation, compare_retrieval
 from memlm.methods.demo import sample
 from memlm.methods.retro import retro_database
 from memlm.models.retro.causal_lm import RetroForCausalLM
-from memlm.models.retro.config import RetroConfig
 from memlm.retrieval.build import build_chunks
 from memlm.retrieval.chunks import ChunkConfig, ChunkDatabase
 from memlm.retrieval.dataset import RetroDataset
 from memlm.retrieval.inspect import inspect_chunk, write_html
 from memlm.retrieval.lookup import ChunkLookup
-from memlm.retrieval.neighbours import NeighbourTable, build_neighbours
+from memlm.retrieval.neighbours import build_neighbours
 from memlm.retrieval.retrievers import Bm25Retriever
-from memlm.training.config import RunConfig
-from memlm.training.loop import train
-from memlm.training.model_loss import ModelLoss
-from memlm.training.order import Dealt
+from memlm.training.retro import RetroText, train_retro
+from memlm.training.retro_config import RetroTrainConfig
 from memlm.training.tokenizer import train_tokenizer
 
 VOCABULARY = 2048
@@ -105,9 +100,19 @@ def demo(
         f"{len(database):,} chunks of {CHUNK_SIZE} tokens and {len(held_out):,} held-out ones "
         f"looked up by BM25 in {time.perf_counter() - begun:.0f} s"
     )
-    data = RetroDataset(database, table, chunks_per_sequence=CHUNKS_PER_SEQUENCE)
     test = RetroDataset(held_out, found, database, chunks_per_sequence=CHUNKS_PER_SEQUENCE)
-    model = _train(data, tokenizer, table, out / "model", seconds, threads, say)
+    say(f"training for {seconds:.0f} s")
+    config = RetroTrainConfig(
+        block_length=CHUNKS_PER_SEQUENCE * CHUNK_SIZE,
+        batch_tokens=ROWS * CHUNKS_PER_SEQUENCE * CHUNK_SIZE,
+        optimizer="muon",
+        learning_rate=3e-3,
+        warmup_steps=20,
+        cross_attention_layers=(2, 4),
+        max_seconds=seconds,
+        threads=threads,
+    )
+    model = train_retro(RetroText(database, table), tokenizer, config, out / "model", resume=True)
 
     with torch_threads(threads):
         evaluations = compare_retrieval(model, test)
@@ -130,61 +135,6 @@ def demo(
         },
     )
     return RetroDemo(model, database, evaluations, overlap, completion)
-
-
-def _train(
-    data: RetroDataset,
-    tokenizer: PreTrainedTokenizerBase,
-    table: NeighbourTable,
-    out: Path,
-    seconds: float,
-    threads: int | None,
-    say: Say,
-) -> RetroForCausalLM:
-    config = RunConfig(
-        block_length=data.length,
-        batch_tokens=ROWS * data.length,
-        optimizer="muon",
-        warmup_steps=20,
-        max_seconds=seconds,
-        threads=threads,
-    )
-    torch.manual_seed(config.seed)
-    model = RetroForCausalLM(small_config(len(tokenizer)))
-    say(
-        f"training {sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} M parameters "
-        f"for {seconds:.0f} s"
-    )
-    order = np.random.default_rng(config.seed).permutation(len(data))
-    batches = np.array_split(order, max(1, len(data) // ROWS))
-    trained: Any = train(
-        ModelLoss(model),
-        data,
-        Dealt([batch.tolist() for batch in batches], seed=config.seed),
-        config,
-        out,
-        collate=default_collate,
-        identity={"text": data.text.fingerprint, "neighbours": table.record},
-        resume=True,
-    )
-    return trained
-
-
-def small_config(vocabulary: int) -> RetroConfig:
-    """A model that learns something in two minutes on two cores."""
-    return RetroConfig(
-        vocab_size=vocabulary,
-        hidden_size=128,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        head_dim=32,
-        encoder_hidden_size=128,
-        encoder_num_layers=1,
-        chunk_size=CHUNK_SIZE,
-        cross_attention_layers=(2, 4),
-        shared_embeddings=True,
-        tie_word_embeddings=True,
-    )
 
 
 def _complete(

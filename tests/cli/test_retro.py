@@ -6,6 +6,7 @@ import pytest
 from transformers import BertConfig, BertModel
 
 from memlm.cli.main import main
+from memlm.models.retro.causal_lm import RetroForCausalLM
 from tests.retrieval.texts import documents
 
 
@@ -71,6 +72,36 @@ def test_from_text_to_neighbours(place, capsys):
     page = place / "page.html"
     assert stage(place, "inspect", "--tokenizer", place / "encoder", "--html", page) == 0
     assert page.read_text().startswith("<!doctype html>")
+
+
+def test_training(place, capsys):
+    for folder, name in (("text", "database"), ("news", "held-out")):
+        text = ("--text", str(place / folder), "--chunk-size", "8")
+        tokenizer = ("--tokenizer", str(place / "encoder"))
+        assert main(["retro", "chunk", str(place / name), *text, *tokenizer]) == 0
+    assert stage(place, "neighbours") == 0
+    assert stage(place, "neighbours", "--text", place / "held-out") == 0
+    command = ["train", str(place / "database"), "--method", "retro", "--out", str(place / "model")]
+    shape = ["block_length=16", "batch_tokens=64", "hidden_size=16", "layers=2", "heads=2"]
+    rest = ["--max-steps", "2", "--threads", "1", "--json"]
+    capsys.readouterr()
+    assert main([*command, "--plan", *rest, "--set", *shape]) == 0
+    assert json.loads(capsys.readouterr().out)["step_tokens"] == 64
+    assert not (place / "model").exists()
+    assert main([*command, *rest, "--set", *shape]) == 2
+    assert "give --tokenizer" in capsys.readouterr().err
+    rest += ["--tokenizer", str(place / "encoder"), "--evaluate-on", str(place / "held-out")]
+    assert main([*command, *rest, "--set", *shape]) == 0
+    made = json.loads(capsys.readouterr().out)
+    assert list(made["retrieval"]) == ["on", "off", "shuffled"]
+    assert RetroForCausalLM.from_pretrained(place / "model").config.chunk_size == 8
+    command[-1] = str(place / "more")
+    assert main([*command, *rest, "--model", str(place / "model"), "--set", *shape[:2]]) == 0
+    assert json.loads(capsys.readouterr().out)["parameters"] == made["parameters"]
+    assert main([*command, "--chain", "x"]) == 2
+    assert "does not read --chain" in capsys.readouterr().err
+    assert main([*command, "--preset", "base", "--plan"]) == 0
+    assert "524,288 tokens per step" in capsys.readouterr().out
 
 
 def test_editing(place, capsys):

@@ -1,0 +1,120 @@
+"""Training of RETRO models: groups, the paper's schedule, resuming to the same numbers."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from memlm.core.errors import FingerprintError, InputError
+from memlm.methods.retro import retro_database
+from memlm.models.retro.causal_lm import RetroForCausalLM
+from memlm.models.retro.config import RetroConfig
+from memlm.training.learning import make_optimizer, make_schedule
+from memlm.training.model_loss import ModelLoss
+from memlm.training.retro import RetroText, train_retro
+from memlm.training.retro_config import RetroTrainConfig
+from memlm.training.retro_groups import retro_groups
+from tests.retrieval.texts import documents
+
+SMALL = {
+    "block_length": 16, "batch_tokens": 64, "hidden_size": 16, "layers": 2, "heads": 2,
+    "cross_attention_layers": (1, 2), "warmup_steps": 2, "log_every": 1, "precision": "float32",
+    "threads": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def source(tokenizer, tmp_path):
+    retro_database(documents(24), tokenizer, tmp_path / "text", chunk_size=8, quiet=True)
+    return RetroText.open(tmp_path / "text")
+
+
+def losses(folder):
+    return [point["loss"] for point in json.loads((folder / "training.json").read_text())["curve"]]
+
+
+class Die(TrainerCallback):
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **_):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_resumed_run_continues_identically(source, tokenizer, tmp_path):
+    config = RetroTrainConfig(**SMALL, max_steps=12, save_every=4)
+    settings = {"held_out": source, "quiet": True}
+    whole = train_retro(source, tokenizer, config, tmp_path / "whole", **settings)
+    found = losses(tmp_path / "whole")
+    assert len(found) == 12
+    assert found[-1] < found[0]
+    with pytest.raises(KeyboardInterrupt):
+        train_retro(source, tokenizer, config, tmp_path / "cut", callbacks=[Die(7)], **settings)
+    cut = train_retro(source, tokenizer, config, tmp_path / "cut", resume=True, **settings)
+    assert losses(tmp_path / "cut") == found
+    assert all(map(torch.equal, whole.parameters(), cut.parameters()))
+    again = RetroForCausalLM.from_pretrained(tmp_path / "cut")
+    assert all(map(torch.equal, whole.parameters(), again.parameters()))
+    held_out = json.loads((tmp_path / "cut" / "training.json").read_text())["held_out"]
+    assert 0 < held_out["loss"] < found[0]
+
+
+def test_the_neighbours_are_read(source, tokenizer, tmp_path):
+    config = RetroTrainConfig(**SMALL, max_steps=2)
+    model = train_retro(source, tokenizer, config, tmp_path / "run", quiet=True)
+    torch.manual_seed(config.seed)
+    before = RetroForCausalLM(model.config)
+    for name, weight in model.model.encoder.named_parameters():
+        assert not torch.equal(weight, before.model.encoder.get_parameter(name)), name
+
+
+def test_the_optimiser_has_the_groups_of_the_package(source):
+    config = RetroTrainConfig(**SMALL, max_steps=1)
+    model = RetroForCausalLM(RetroConfig(
+        vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, head_dim=8,
+        encoder_hidden_size=8, chunk_size=8,
+    ))  # fmt: skip
+    ours = make_optimizer(config, ModelLoss(model), model).param_groups
+    for mine, expected in zip(ours, retro_groups(model, weight_decay=0.1), strict=True):
+        assert mine["weight_decay"] == expected["weight_decay"]
+        assert list(map(id, mine["params"])) == list(map(id, expected["params"]))
+
+
+@pytest.mark.parametrize(
+    ("size", "peak", "steps"), [("172m", 2e-4, 800_000), ("7.5b", 1e-4, 200_000)]
+)
+def test_the_published_schedule(size, peak, steps):
+    config = RetroTrainConfig.published(size)
+    assert config.max_steps == steps
+    assert config.step_tokens * steps == 419_430_400_000
+    rate = make_schedule(config)
+    rates = [
+        rate(step) * config.learning_rate for step in (0, 375, 750, (steps + 750) // 2, steps - 1)
+    ]
+    expected = [1e-7, (1e-7 + peak) / 2, peak, 0.55 * peak, 0.1 * peak]
+    assert rates == pytest.approx(expected, rel=1e-4)
+
+
+def test_what_does_not_fit_is_refused(source, tokenizer, tmp_path):
+    config = RetroTrainConfig(**SMALL, max_steps=1)
+    wrong = RetroTrainConfig(**{**SMALL, "block_length": 12}, max_steps=1)
+    with pytest.raises(InputError, match="a whole number of chunks of 8 tokens, got 12"):
+        train_retro(source, tokenizer, wrong, tmp_path / "run", quiet=True)
+    many = RetroTrainConfig(**SMALL, k=3, max_steps=1)
+    with pytest.raises(InputError, match="between 1 and the table's 2, got 3"):
+        train_retro(source, tokenizer, many, tmp_path / "run", quiet=True)
+    model = RetroForCausalLM(RetroConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        head_dim=8, encoder_hidden_size=8, chunk_size=4,
+    ))  # fmt: skip
+    with pytest.raises(InputError, match=r"chunk size of .*, 8 tokens, got 4"):
+        train_retro(source, tokenizer, config, tmp_path / "run", model=model, quiet=True)
+    with pytest.raises(InputError, match="size must be one of"):
+        RetroTrainConfig(**SMALL, size="1b", max_steps=1)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["another"])
+    with pytest.raises(FingerprintError, match="must be the one that made"):
+        train_retro(source, other, config, tmp_path / "run", quiet=True)
