@@ -66,6 +66,7 @@ from memlm.memory.automaton_state import (
     taken_back,
 )
 from memlm.memory.knn import KnnMemory, Store, store_state, weighted
+from memlm.memory.pairs import check_observed, check_query
 from memlm.memory.pointers import (
     cluster_table,
     compact,
@@ -254,13 +255,7 @@ class AutomatonMemory:
         Raises:
             InputError: if the rows are not those of the state.
         """
-        rows = len(state.entries)
-        check(
-            tokens.dim() == 2 and len(tokens) == rows and keys.shape[:2] == tokens.shape,
-            f"tokens (rows, time) and keys (rows, time, dim) must fit the state of {rows} rows, "
-            f"got {tuple(tokens.shape)} and {tuple(keys.shape)}; make a new state for another "
-            "batch",
-        )
+        check_observed(tokens, keys, len(state.entries))
         for time in range(tokens.shape[1]):
             if time:
                 state = self.read(keys[:, time - 1], state)[1]
@@ -294,12 +289,7 @@ class AutomatonMemory:
         Raises:
             InputError: if the query does not fit the state, or is not finite.
         """
-        rows = len(state.entries)
-        check(
-            query.shape == (rows, self.store.dim),
-            f"queries must be ({rows}, {self.store.dim}) like the state and the store, got "
-            f"{tuple(query.shape)}; read with the rows that were observed",
-        )
+        check_query(query, len(state.entries), self.store.dim)
         place, query = query.device, query.detach().to(self.device)
         query = query.to(torch.promote_types(query.dtype, torch.float32))
         searching = (state.pointers >= 0).sum(1) < self.config.min_knns

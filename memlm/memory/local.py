@@ -29,7 +29,7 @@ from memlm.core.types import Candidates, TargetPartial
 from memlm.index.metrics import METRICS, check_choice
 from memlm.memory.growing import Growing
 from memlm.memory.knn import check_temperature
-from memlm.memory.scores import similarity
+from memlm.memory.pairs import check_observed, pair_candidates
 from memlm.memory.windows import Window, score_bank
 from memlm.ops.bank import Places, Visibility, earlier_in_stream
 from memlm.ops.tokens import target_partial
@@ -97,13 +97,7 @@ class LocalMemory(Config):
             InputError: if shapes do not fit each other or the state.
         """
         rows, length = state.tokens.shape
-        dim = state.keys.shape[-1] if length else keys.shape[-1]
-        check(
-            tokens.shape == keys.shape[:2] and len(tokens) == rows and keys.shape[2:] == (dim,),
-            f"tokens (rows, time) and keys (rows, time, dim) must fit the state of {rows} rows"
-            f"{f' and {dim} dimensions' if length else ''}, got {tuple(tokens.shape)} and "
-            f"{tuple(keys.shape)}; make a new state for another batch",
-        )
+        check_observed(tokens, keys, rows, state.keys.shape[-1] if length else None)
         if valid is None:
             valid = torch.ones_like(tokens, dtype=torch.bool)
         keys = keys.detach()
@@ -126,36 +120,22 @@ class LocalMemory(Config):
         Raises:
             InputError: if the query does not fit the state.
         """
-        rows, length = state.tokens.shape
-        first = max(0, length - 1 - self.size)
-        count = max(0, length - 1 - first)
-        if count == 0:
-            nothing = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
-            scores = torch.full_like(nothing, -torch.inf, dtype=torch.float32)
-            return Candidates(scores, nothing, nothing - 1, nothing.bool()), state
-        keys = state.keys[:, first : length - 1].to(query.device)
-        check(
-            query.shape == (rows, keys.shape[-1]),
-            f"queries must be ({rows}, {keys.shape[-1]}) like the state, got "
-            f"{tuple(query.shape)}; read with the rows that were observed",
+        first = max(0, state.length - 1 - self.size)
+        candidates = pair_candidates(
+            query,
+            state.keys[:, first:-1],
+            state.tokens[:, first + 1 :],
+            state.valid[:, first:-1] & state.valid[:, first + 1 :],
+            metric=self.metric,
+            temperature=self.temperature,
+            first=first,
         )
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        scores = similarity(query.to(dtype), keys.to(dtype), self.metric) / self.temperature
-        tokens = state.tokens[:, first + 1 :].to(query.device)
-        valid = (state.valid[:, first:-1] & state.valid[:, first + 1 :]).to(query.device)
-        ids = torch.arange(first, length - 1, device=query.device).expand(rows, count)
-        return Candidates(scores, tokens, ids, valid), state
+        return candidates, state
 
     def score(
         self, query: Tensor, targets: Tensor, state: LocalState
     ) -> tuple[TargetPartial, LocalState]:
-        """The past's mass, and the part of it on known next tokens.
-
-        Args:
-            query: ``(rows, dim)``, as for ``read``.
-            targets: ``(rows,)`` int64.
-            state: as for ``read``.
-        """
+        """The past's mass, and the part of it on known next tokens; see `TokenMemory`."""
         candidates, state = self.read(query, state)
         return target_partial(candidates, targets), state
 

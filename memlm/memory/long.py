@@ -26,7 +26,7 @@ from memlm.core.types import Candidates, TargetPartial
 from memlm.index.metrics import check_choice
 from memlm.memory.knn import check_temperature
 from memlm.memory.local import LocalMemory, LocalState
-from memlm.memory.scores import similarity
+from memlm.memory.pairs import pair_candidates
 from memlm.memory.windows import Window, score_bank
 from memlm.ops.bank import Places, earlier_in_stream
 from memlm.ops.tokens import target_partial
@@ -110,28 +110,24 @@ class LongMemory(Config):
 
         Returns:
             Candidates ``(rows, entries)``, oldest first; one that is not valid if there are none.
+
+        Raises:
+            InputError: if the query does not fit the state.
         """
-        if state.tokens.shape[1] == 0:
-            nothing = torch.zeros(len(query), 1, dtype=torch.int64, device=query.device)
-            scores = torch.full_like(nothing, -torch.inf, dtype=torch.float32)
-            return Candidates(scores, nothing, nothing - 1, nothing.bool()), state
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        keys = state.keys.to(query.device, dtype)
-        scores = similarity(query.to(dtype), keys, "ip") / self.temperature
-        tokens = state.tokens.to(query.device)
-        ids = torch.arange(tokens.shape[1], device=query.device).expand(tokens.shape)
-        return Candidates(scores, tokens, ids, state.real.to(query.device)), state
+        candidates = pair_candidates(
+            query,
+            state.keys,
+            state.tokens,
+            state.real,
+            metric="ip",
+            temperature=self.temperature,
+        )
+        return candidates, state
 
     def score(
         self, query: Tensor, targets: Tensor, state: LongState
     ) -> tuple[TargetPartial, LongState]:
-        """The memory's mass, and the part of it on known next tokens.
-
-        Args:
-            query: ``(rows, dim)``.
-            targets: ``(rows,)`` int64.
-            state: so far.
-        """
+        """The memory's mass, and the part of it on known next tokens; see `TokenMemory`."""
         candidates, state = self.read(query, state)
         return target_partial(candidates, targets), state
 
