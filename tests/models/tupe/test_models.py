@@ -87,6 +87,39 @@ def test_schemes(scheme):
         torch.testing.assert_close(model(TOKENS).logits[real], logits[real], atol=1e-5, rtol=1e-4)
 
 
+HEADS = (
+    TupeForMaskedLM,
+    TupeForCausalLM,
+    TupeForSequenceClassification,
+    TupeForTokenClassification,
+)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_initial_values(kind, scheme):
+    """Weights N(0, 0.02), biases 0, norms 1, the padding row 0; a class's head as torch has it."""
+    model = kind(config_of(scheme, norm_first=True, num_labels=3))
+    for name, weight in model.named_parameters():
+        weight = weight.detach()
+        if name.startswith("classifier"):
+            bound = SHAPE["hidden_size"] ** -0.5
+            assert weight.abs().max() <= bound, name
+            if weight.numel() >= SHAPE["hidden_size"]:
+                assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.3), name
+        elif name.endswith("bias"):
+            assert not weight.any(), name
+        elif "norm" in name:
+            assert (weight == 1).all(), name
+        else:
+            if "word_embeddings" in name:
+                assert not weight[1].any()
+                weight = weight[2:]
+            spread = 4 * 0.02 / weight.numel() ** 0.5
+            assert weight.mean().item() == pytest.approx(0, abs=spread), name
+            assert weight.std().item() == pytest.approx(0.02, abs=spread), name
+
+
 @pytest.mark.parametrize("scheme", list(SCHEMES))
 def test_packing_is_reading_apart(scheme):
     model = make(TupeForMaskedLM, scheme)
