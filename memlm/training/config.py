@@ -33,7 +33,8 @@ class RunConfig(Config):
         muon_learning_rate: the peak for matrices under ``"muon"``; the rest has ``learning_rate``.
         momentum: Nesterov's.
         schedule: how the rate decays: ``"linear"`` or ``"cosine"`` to zero at the last step,
-            ``"constant"``, ``"restarts"`` (cosine in periods) or ``"inverse_sqrt"``.
+            ``"constant"``, ``"restarts"`` (cosine in periods), ``"inverse_sqrt"`` or
+            ``"polynomial"`` (BERT's: the first step has rate 0, the fall begins at the peak).
         warmup_steps: optimiser steps of linear rise.
         start_learning_rate: where the rise begins; restarts and inverse_sqrt only.
         min_learning_rate: lowest rate of a period of restarts.
@@ -74,7 +75,9 @@ class RunConfig(Config):
     learning_rate: float = 3e-3
     muon_learning_rate: float = 6e-3
     momentum: float = 0.99
-    schedule: Literal["linear", "cosine", "constant", "restarts", "inverse_sqrt"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "restarts", "inverse_sqrt", "polynomial"] = (
+        "linear"
+    )
     warmup_steps: int = 50
     start_learning_rate: float = 0.0
     min_learning_rate: float = 0.0
@@ -131,7 +134,7 @@ class RunConfig(Config):
             f"max_seconds must be above zero, got {self.max_seconds}",
         )
         check(
-            self.max_seconds is None or self.schedule not in ("restarts", "inverse_sqrt"),
+            self.max_seconds is None or self.schedule not in PLANNED,
             f"the schedule {self.schedule} is planned in steps: give max_steps, not max_seconds",
         )
         check(
@@ -277,10 +280,11 @@ _AT_LEAST_ONE = (
     "keep_last",
     "threads",
 )
+PLANNED = ("restarts", "inverse_sqrt", "polynomial")  # schedules that must know all steps
 _NOT_NEGATIVE = ("weight_decay", "clip_norm", "warmup_steps", "seed")
 _CHOICES = {
     "optimizer": ("adamw", "muon", "nag", "fairseq_adam"),
-    "schedule": ("linear", "cosine", "constant", "restarts", "inverse_sqrt"),
+    "schedule": ("linear", "cosine", "constant", *PLANNED),
     "precision": ("auto", "float32", "bfloat16", "float16"),
     "device": ("auto", "cpu"),
     "group_by": ("text", "bm25"),

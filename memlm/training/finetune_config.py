@@ -74,6 +74,7 @@ class FinetuneConfig(Config):
             batch_tokens=self.max_length * self.batch_size,
             optimizer=self.optimizer,  # type: ignore[arg-type]  # checked there
             learning_rate=learning_rate,
+            schedule="polynomial",
             warmup_steps=warmup_steps_of(self.warmup_ratio, steps),
             weight_decay=self.weight_decay,
             beta2=0.999,

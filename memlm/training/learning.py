@@ -1,6 +1,7 @@
 """From settings to what learns: the optimiser, the schedule, the arithmetic.
 
-The rules themselves are in ``optimizer``, ``nag``, ``schedule`` and ``rates``.
+The rules themselves are in ``optimizer``, ``nag``, ``fairseq_adam``, ``schedule``, ``rates`` and
+``polynomial``.
 """
 
 from typing import Any
@@ -12,22 +13,24 @@ from transformers import PreTrainedModel
 
 from memlm.core.config import check
 from memlm.core.errors import InputError
-from memlm.training.config import RunConfig
+from memlm.training.config import PLANNED, RunConfig
 from memlm.training.fairseq_adam import FairseqAdam
 from memlm.training.nag import Nag
 from memlm.training.optimizer import muon_adamw
+from memlm.training.polynomial import PolynomialRate
 from memlm.training.rates import CosineRate, InverseSqrtRate
 from memlm.training.schedule import Schedule
 
+_RATES = {"restarts": CosineRate, "inverse_sqrt": InverseSqrtRate, "polynomial": PolynomialRate}
 _NATIVE_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16")  # names of torch.cpu.get_capabilities
 
 
 class PlannedRates(Schedule):
-    """A schedule of `rates` as fractions of its peak; keeps plain numbers, which is what is saved.
+    """A rule for rates as fractions of its peak; keeps plain numbers, which is what is saved.
 
     Args:
-        kind: ``"restarts"`` or ``"inverse_sqrt"``.
-        settings: of `CosineRate` or `InverseSqrtRate`.
+        kind: ``"restarts"``, ``"inverse_sqrt"`` or ``"polynomial"``.
+        settings: of `CosineRate`, `InverseSqrtRate` or `PolynomialRate`.
         steps: the last step.
     """
 
@@ -37,19 +40,18 @@ class PlannedRates(Schedule):
 
     def __call__(self, step: int) -> float:
         """The rate of the step after ``step`` finished ones."""
-        rate = CosineRate if self.kind == "restarts" else InverseSqrtRate
-        return rate(**self.settings)(step) / self.settings["peak"]
+        return _RATES[self.kind](**self.settings)(step) / self.settings["peak"]
 
 
 def make_schedule(config: RunConfig) -> Schedule:
     """The learning rate by step, as a fraction of the peak."""
-    if config.schedule not in ("restarts", "inverse_sqrt") or config.max_steps is None:
+    if config.schedule not in PLANNED or config.max_steps is None:
         return Schedule(config.schedule, config.warmup_steps, config.max_steps)
-    settings: dict[str, Any] = {
-        "peak": config.learning_rate,
-        "warmup": config.warmup_steps,
-        "start": config.start_learning_rate,
-    }
+    settings: dict[str, Any] = {"peak": config.learning_rate, "warmup": config.warmup_steps}
+    if config.schedule == "polynomial":
+        settings["steps"] = config.max_steps
+    else:
+        settings["start"] = config.start_learning_rate
     if config.schedule == "restarts":
         settings |= {
             "period": config.period or max(1, config.max_steps - config.warmup_steps),

@@ -65,6 +65,7 @@ class MaskedLMConfig(RunConfig):
             "batch_tokens": 16 * 512,
             "optimizer": "fairseq_adam",
             "learning_rate": 1e-4,
+            "schedule": "polynomial",
             "warmup_steps": 10_000,
             "max_steps": 1_000_000,
             "log_every": 100,

@@ -13,6 +13,7 @@ from memlm.methods.tupe import pretrain_tupe
 from memlm.models.fingerprint import tokenizer_hash
 from memlm.models.tupe.heads import TupeForMaskedLM
 from memlm.testing.processes import run_processes
+from memlm.training.learning import make_schedule
 from memlm.training.masked_lm import MaskedBlocks, tokenize_sentences, train_masked_lm
 from memlm.training.masked_lm_config import MaskedLMConfig
 from memlm.training.polynomial import PolynomialRate, warmup_steps_of
@@ -170,6 +171,10 @@ def test_published_recipe():
         10_000,
         "fairseq_adam",
     )
+    schedule = make_schedule(config)
+    assert [schedule(n) for n in (0, 5_000, 10_000, 505_000, 1_000_000)] == [0, 0.5, 1, 0.5, 0]
+    with pytest.raises(InputError, match="warmup must lie between 0 and 100 steps"):
+        make_schedule(MaskedLMConfig.published(max_steps=100))
     rate = PolynomialRate(1e-4, 100, 10)
     assert [rate(0), rate(10), rate(100)] == [0.0, 1e-4, 0.0]
     assert [warmup_steps_of(r, 10) for r in (0.0, 0.06, 0.5)] == [0, 1, 5]
