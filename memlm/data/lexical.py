@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from memlm.core.config import check
+from memlm.core.errors import InputError
 from memlm.core.files import write_atomic
 from memlm.core.optional import require
 from memlm.core.progress import bar
@@ -246,15 +247,21 @@ def read_order(path: str | Path, blocks: int) -> NDArray[np.int64]:
     """An order of blocks as TRIME's ``--predefined-batches`` file holds it: a JSON list.
 
     Raises:
-        InputError: if it is not a permutation of the blocks.
+        InputError: if it is no JSON list, or not a permutation of the blocks.
     """
-    values = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        numbers = [int(value) for value in json.loads(Path(path).read_text(encoding="utf-8"))]
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"{path} must be a JSON list of the numbers of {blocks} blocks, got {error}; write it "
+            "with write_order"
+        ) from error
     check(
-        isinstance(values, list) and sorted(map(int, values)) == list(range(blocks)),
+        sorted(numbers) == list(range(blocks)),
         f"{path} must hold every block from 0 to {blocks - 1} once, but has "
-        f"{len(values)} entries that are no permutation; was the text cut into other blocks?",
+        f"{len(numbers)} entries that are no permutation; was the text cut into other blocks?",
     )
-    return np.array(values, np.int64)
+    return np.array(numbers, np.int64)
 
 
 def write_order(path: str | Path, order: NDArray[np.integer]) -> None:

@@ -8,10 +8,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from memlm.core.config import check
 from memlm.core.errors import FingerprintError, InputError
 from memlm.core.files import write_atomic
 from memlm.core.types import TokenMemory
@@ -50,10 +51,24 @@ def load_state(memory: TokenMemory, path: str | Path) -> Any:
         path: of the file.
 
     Raises:
+        InputError: if there is no such file, or it holds no state.
         FingerprintError: if it is the state of another memory.
     """
-    with safe_open(path, framework="pt") as file:
-        about = file.metadata()
+    check(Path(path).is_file(), f"the state must be a file that save_state wrote, got {path}")
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise InputError(
+            f"{path} must be a file that save_state wrote, but cannot be read ({error}); save the "
+            "state again"
+        ) from error
+    with opened as file:
+        about = file.metadata() or {}
+        check(
+            _MEMORY in about and _ROWS in about,
+            f"{path} must be a file that save_state wrote, but does not say of which memory; save "
+            "the state again",
+        )
         saved, given = json.loads(about[_MEMORY]), json.loads(json.dumps(memory.describe()))
         if saved != given:
             raise FingerprintError(

@@ -81,6 +81,10 @@ def test_order_goes_through_a_file(tmp_path):
     assert read_order(tmp_path / "order.json", 3).tolist() == [2, 0, 1]
     with pytest.raises(InputError, match="every block from 0 to 3 once, but has 3 entries"):
         read_order(tmp_path / "order.json", 4)
+    for content in ("3", '["a"]', "[[0]]", "0, 1"):
+        (tmp_path / "order.json").write_text(content)
+        with pytest.raises(InputError, match="must be a JSON list of the numbers of 2 blocks"):
+            read_order(tmp_path / "order.json", 2)
 
 
 def test_results_must_be_complete(tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from index.stores import normal
+from safetensors.torch import save_file
 from torch.testing import assert_close
 
 from memlm.core.errors import FingerprintError, InputError
@@ -145,6 +146,13 @@ def test_without_state_there_is_none(knn):
     assert pair.crop(None, 1) is pair.select_rows(None, torch.tensor([0])) is None
 
 
+def test_a_state_of_nothing_goes_through_a_file(tmp_path):
+    save_state(LONG, LONG.init_state(2), tmp_path / "state")
+    restored = load_state(LONG, tmp_path / "state")
+    assert restored.keys.shape == (2, 0, 0)
+    assert restored.present.length == 0
+
+
 def test_a_state_goes_through_a_file(tmp_path, knn):
     memory = Together(LOCAL, LONG, knn)
     state = read(memory, [(0, 5), (4, 9)])
@@ -176,4 +184,18 @@ def test_bad_input(tmp_path, knn):
     save_state(LONG, read(LONG, [(0, 5)]), tmp_path / "state")
     with pytest.raises(FingerprintError, match="make the memory with the settings"):
         load_state(LongMemory(size=5), tmp_path / "state")
+    with pytest.raises(InputError, match="must be a file that save_state wrote, got"):
+        load_state(LONG, tmp_path / "none")
+    (tmp_path / "cut").write_bytes((tmp_path / "state").read_bytes()[:40])
+    with pytest.raises(InputError, match="cannot be read"):
+        load_state(LONG, tmp_path / "cut")
+    save_file({"keys": KEYS}, tmp_path / "other")
+    with pytest.raises(InputError, match="does not say of which memory"):
+        load_state(LONG, tmp_path / "other")
+    with pytest.raises(InputError, match=r"must be \(2, "):
+        LONG.read(KEYS[:1, 0], LONG.finish(read(LONG, [(0, 5)])))
+    with pytest.raises(InputError, match="make a new state for another batch"):
+        LONG.observe(TOKENS[:1], KEYS[:1], read(LONG, [(0, 5)]))
+    with pytest.raises(InputError, match="between 0 and"):
+        LONG.crop(LONG.init_state(1), 1)
     assert LongMemory.from_dict(LONG.to_dict()) == LONG
