@@ -118,7 +118,7 @@ def long_memory(
         stream = torch.full_like(batch.targets, own)
         nearby = range(own * ranks_per_stream, min((own + 1) * ranks_per_stream, size))
     if position is None:
-        position = _numbered(batch.targets.numel(), batch.targets).view_as(batch.targets)
+        position = numbered(batch.targets.numel(), batch.targets).view_as(batch.targets)
     places = Places(stream, stream, position)
     return _gathered(batch, places, earlier_in_stream, nearby, detach_remote, temperature)
 
@@ -142,7 +142,7 @@ def external_memory(
         ``(rows, time)``.
     """
     rows, time = batch.targets.shape
-    row = _numbered(rows, batch.targets)[:, None].expand(rows, time)
+    row = numbered(rows, batch.targets)[:, None].expand(rows, time)
     position = torch.arange(time, device=row.device).expand(rows, time)
     places = Places(torch.zeros_like(row), row, position)
     rule = other_documents if hide_own else any_of(other_documents, earlier_in_document)
@@ -171,5 +171,6 @@ def _hide(stream: Tensor, targets: Tensor) -> Tensor:
     return torch.where(targets == IGNORED, -1, stream)
 
 
-def _numbered(count: int, like: Tensor) -> Tensor:
+def numbered(count: int, like: Tensor) -> Tensor:
+    """``(count,)`` int64 numbers that no other process uses, ascending with the processes."""
     return rank_and_size()[0] * _APART + torch.arange(count, device=like.device)

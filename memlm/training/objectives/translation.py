@@ -19,8 +19,8 @@ from memlm.core.types import TargetPartial
 from memlm.data.batches import IGNORED
 from memlm.index.metrics import check_choice
 from memlm.ops.logsumexp import safe_logsumexp
-from memlm.training.objectives.gather import gather_entries, rank_and_size
-from memlm.training.objectives.memory import Positions
+from memlm.training.objectives.gather import gather_entries
+from memlm.training.objectives.memory import Positions, numbered
 
 _SCORES = 1 << 22  # held at once: 16 MiB in float32
 
@@ -52,8 +52,7 @@ def translation_memory(
     rows, time = batch.targets.shape
     query, targets = batch.keys.flatten(0, 1), batch.targets.flatten()
     query = query.to(torch.promote_types(query.dtype, torch.float32))
-    first = rank_and_size()[0] << 40
-    sentence = first + torch.arange(rows, device=query.device).repeat_interleave(time)
+    sentence = numbered(rows, targets).repeat_interleave(time)
     parts = gather_entries(query, torch.stack([sentence, targets], 1), detach_remote=detach_remote)
     keys, fields = (torch.cat(part) for part in zip(*parts, strict=True))
     real = (fields[:, 0] >= 0) & (fields[:, 1] != IGNORED)
