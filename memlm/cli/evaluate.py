@@ -15,6 +15,7 @@ from memlm.cli.options import (
     show,
     write_result,
 )
+from memlm.cli.questions import QuestionOptions
 from memlm.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -26,11 +27,12 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(LengthOptions, MemoryOptions, TextOptions, ModelOptions):
+class Evaluate(QuestionOptions, LengthOptions, MemoryOptions, TextOptions, ModelOptions):
     """Perplexity of MODEL on TEXT, alone and (with --store or --method trime) with its memory,
     protocol included. --tune chooses lam, the temperature and k on other held-out text first (for
     retomaton: those of the same store searched at every token). With several lengths (--length 512
     2048 8192): perplexity of the same tokens after ever longer texts, by several ways to read them.
+    With --task: questions about long texts, by F1.
     """
 
     length: Annotated[tuple[int, ...], arg(metavar="N [N ...]")] = ()  # type: ignore[assignment]
@@ -62,6 +64,20 @@ own document."""
 
         self._check_method()
         model, tokenizer = self.load()
+        if self.task != "perplexity":
+            return self.ask(
+                model,
+                tokenizer,
+                self.text,
+                self.length,
+                window=self.window,
+                sinks=self.sinks,
+                limit=self.limit,
+                batch_tokens=self.batch_tokens,
+                threads=self.threads,
+                save=self.save,
+                as_json=self.json,
+            )
         corpus = self.corpus(tokenizer)
         if len(self.length) > 1:
             return self.measure(
@@ -106,6 +122,11 @@ own document."""
         return 0
 
     def _check_method(self) -> None:
+        if self.task != "perplexity" and (self.store is not None or self.method in READ_TEXT):
+            raise InputError(
+                f"--task {self.task} asks the model alone, so it takes neither --store nor "
+                f"--method {self.method}; leave them out"
+            )
         if self.tune is not None and self.method in READ_TEXT:
             raise InputError(
                 "--tune chooses for a store that is searched, so the method must be knn or "
