@@ -101,7 +101,6 @@ def demo(
         f"looked up by BM25 in {time.perf_counter() - begun:.0f} s"
     )
     test = RetroDataset(held_out, found, database, chunks_per_sequence=CHUNKS_PER_SEQUENCE)
-    say(f"training for {seconds:.0f} s")
     config = RetroTrainConfig(
         block_length=CHUNKS_PER_SEQUENCE * CHUNK_SIZE,
         batch_tokens=ROWS * CHUNKS_PER_SEQUENCE * CHUNK_SIZE,
@@ -112,7 +111,9 @@ def demo(
         max_seconds=seconds,
         threads=threads,
     )
+    say(f"training for {seconds:.0f} s")
     model = train_retro(RetroText(database, table), tokenizer, config, out / "model", resume=True)
+    say(f"trained {model.num_parameters() / 1e6:.1f} M parameters")
 
     with torch_threads(threads):
         evaluations = compare_retrieval(model, test)

@@ -1,6 +1,7 @@
 """The parts of RETRO models, one by one, and DeepNet's initialisation, against retro-pytorch."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -44,8 +45,16 @@ def fill(module, data, prefix):
     return module.eval()
 
 
-def shape_of(data, prefix, heads=2):
+def stated(folder, pattern):
+    """Numbers that only a case's README states."""
+    found = re.search(pattern, (folder / "README.md").read_text())
+    assert found, f"{folder.name} must state {pattern}"
+    return tuple(map(float, found.groups()))
+
+
+def shape_of(folder, data, prefix):
     inner, width = data[f"{prefix}to_q.weight"].shape
+    heads = int(*stated(folder, r"heads=(\d+)"))
     return width, data[f"{prefix}to_k.weight"].shape[1], heads, inner // heads
 
 
@@ -87,22 +96,23 @@ def test_norms(golden_retro_unit_norms):
     rms.load_state_dict({"weight": data["pre.gamma"]})
     close(Residual(linear, rms, norm_first=True, scale=1.0)(x), data["pre.out"])
     norm.load_state_dict({"weight": data["post.norm.weight"], "bias": data["post.norm.bias"]})
-    close(Residual(linear, norm, norm_first=False, scale=1.7)(x), data["post.out"])
+    (scale,) = stated(golden_retro_unit_norms, r"scale_residual=([\d.]+)")
+    close(Residual(linear, norm, norm_first=False, scale=scale)(x), data["post.out"])
 
 
 def test_attention(golden_retro_unit_attention):
-    data = load_file(golden_retro_unit_attention / "data.safetensors")
+    folder = golden_retro_unit_attention
+    data = load_file(folder / "data.safetensors")
     x, context = data["x"], data["context"]
     turn = turned(torch.arange(x.shape[1]))
-    causal = fill(RetroAttention(*shape_of(data, "causal."), 0.0), data, "causal.")
+    causal = fill(RetroAttention(*shape_of(folder, data, "causal."), 0.0), data, "causal.")
     own = causal.attend(causal.queries(x, turn), *causal.keys_values(x, turn), causal=True)
     close(own, data["causal.out"])
-    alone = fill(SelfAttention(*shape_of(data, "self."), 0.0), data, "self.")
+    alone = fill(SelfAttention(*shape_of(folder, data, "self."), 0.0), data, "self.")
     mask = additive(data["self.mask"], x.dtype)[:, None, None]
     found = alone.attend(alone.queries(x, None), *alone.keys_values(x, None), mask)
     close(found, data["self.out_row1_all_masked"])
-    width, wide, heads, dim = shape_of(data, "cross.")
-    assert wide != width  # the model's cross-attention has one width; this unit has two
+    width, wide, heads, dim = shape_of(folder, data, "cross.")
     cross = RetroAttention(width, wide, heads, dim, 0.0)
     fill(cross, {k: v for k, v in data.items() if "null" not in k}, "cross.")
     nulls = [
@@ -112,7 +122,7 @@ def test_attention(golden_retro_unit_attention):
     for name, query_turn, key_turn, visible in (
         (
             "cross.out",
-            turned(2 + torch.arange(x.shape[1])),
+            turned(int(*stated(folder, r"queries offset (\d+)")) + torch.arange(x.shape[1])),
             turned(torch.arange(context.shape[1])),
             seen,
         ),
@@ -128,7 +138,7 @@ def test_attention(golden_retro_unit_attention):
 def test_chunked_cross_attention(golden_retro_unit_cca, compatibility):
     data = load_file(golden_retro_unit_cca / "data.safetensors")
     x, context, mask = data["x"], data["context"], data["context_mask"]
-    width, _, heads, dim = shape_of(data, "cross_attn.")
+    width, _, heads, dim = shape_of(golden_retro_unit_cca, data, "cross_attn.")
     size = len(data["query_positions_paper"])
     config = RetroConfig(
         hidden_size=width,
@@ -148,26 +158,28 @@ def test_chunked_cross_attention(golden_retro_unit_cca, compatibility):
 
 
 def test_encoder_and_decoder(golden_retro_unit_encoder_decoder):
-    data = load_file(golden_retro_unit_encoder_decoder / "data.safetensors")
+    folder = golden_retro_unit_encoder_decoder
+    data = load_file(folder / "data.safetensors")
     x, retrieved, mask = data["x"], data["retrieved_embedded"], data["mask"]
     norm_first = "decoder.norm_out.gamma" in data
-    inner, width = data["decoder.layers.0.0.fn.to_q.weight"].shape
+    width, _, heads, dim = shape_of(folder, data, "decoder.layers.0.0.fn.")
+    scales = (None, None) if norm_first else stated(folder, r"scales ([\d.]+) / ([\d.]+)")
     config = RetroConfig(
         vocab_size=8,
         hidden_size=width,
         encoder_hidden_size=retrieved.shape[-1],
         num_hidden_layers=len(layers_of(data, "decoder", "0")),
         encoder_num_layers=len(layers_of(data, "encoder", "0")),
-        num_attention_heads=2,
-        head_dim=inner // 2,
+        num_attention_heads=heads,
+        head_dim=dim,
         rotary_dim=2 * len(data["decoder.rotary_pos_emb.inv_freq"]),
         chunk_size=data["encoder_only.chunked_seq"].shape[1],
         cross_attention_layers=layers_of(data, "decoder", "1"),
         encoder_cross_attention_layers=layers_of(data, "encoder", "1"),
         norm="rms" if norm_first else "layer",
         norm_first=norm_first,
-        encoder_residual_scale=None if norm_first else 1.3,
-        decoder_residual_scale=None if norm_first else 1.5,
+        encoder_residual_scale=scales[0],
+        decoder_residual_scale=scales[1],
         compatibility="retro_pytorch",
     )
     model = RetroModel(config).eval()
