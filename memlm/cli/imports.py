@@ -9,12 +9,12 @@ from tyro.conf import Positional, arg
 from memlm.cli.options import show
 from memlm.core.config import check
 
-Kind = Literal["auto", "fairseq-lm", "datastore"]
+Kind = Literal["auto", "fairseq-lm", "fairseq-encoder", "datastore"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Import:
-    """Make a model folder of a fairseq language model, or a datastore of raw key and value files.
+    """Make a model folder of a fairseq model, or a datastore of raw key and value files.
 
     Nothing in a file is executed; every tensor of a checkpoint is accounted for.
     """
@@ -24,9 +24,15 @@ class Import:
     out: str
     """Folder to write."""
     kind: Kind = "auto"
-    """What PATH is; "auto": by its name."""
+    """What PATH is; "auto": by its name. An encoder (TUPE, RoBERTa) must be said to be one."""
     dictionary: str | None = None
     """fairseq-lm: the dict.txt of the training; default: the one beside the checkpoint."""
+    scheme: str | None = None
+    """fairseq-encoder: position scheme that it must be of; default: what it is."""
+    heads: int | None = None
+    """fairseq-encoder: attention heads, where the checkpoint does not say it."""
+    classifier: str | None = None
+    """fairseq-encoder: classification head to take instead of the one for masked tokens."""
     index: str | None = None
     """datastore: FAISS file of the same keys, to come along."""
     members: str | None = None
@@ -44,7 +50,13 @@ class Import:
 
     def run(self) -> int:
         """Read, convert, write, and say what became of it."""
-        value, text = self._model() if self._kind() == "fairseq-lm" else self._datastore()
+        kind = self._kind()
+        if kind == "fairseq-lm":
+            value, text = self._model()
+        elif kind == "fairseq-encoder":
+            value, text = self._encoder()
+        else:
+            value, text = self._datastore()
         show({"out": self.out, **value}, f"{self.out}: {text}", as_json=self.json)
         return 0
 
@@ -69,6 +81,16 @@ class Import:
         report = import_model(self.path, self.out, dictionary=self.dictionary)
         value = {"renamed": report.renamed, "tied": report.tied, "ignored": report.ignored}
         return value, f"a language model; {report}"
+
+    def _encoder(self) -> tuple[dict[str, Any], str]:
+        from memlm.importers.tupe import read_tupe_checkpoint
+
+        found = read_tupe_checkpoint(self.path, scheme=self.scheme, heads=self.heads)
+        model = found.masked_lm() if self.classifier is None else found.classifier(self.classifier)
+        model.save_pretrained(self.out)
+        scheme = found.config.position_scheme.name
+        value = {"scheme": scheme, "renamed": dict(found.report), "heads": list(found.heads)}
+        return value, f"an encoder of scheme {scheme}\n{found.describe()}"
 
     def _datastore(self) -> tuple[dict[str, Any], str]:
         from memlm.importers.datastore import import_datastore

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForMaskedLM
 
+from memlm.cli.main import main
 from memlm.core.errors import InputError
 from memlm.formats.binarised import read_lines
 from memlm.importers.tupe import read_state, read_tupe_checkpoint
@@ -116,6 +118,21 @@ def test_checkpoint(golden_tupe_checkpoint):
     other = "tupe-a" if config.scheme == "tupe-r" else "tupe-r"
     with pytest.raises(InputError, match="import it as that"):
         read_tupe_checkpoint(golden_tupe_checkpoint / "checkpoint_last.pt", scheme=other)
+
+
+def test_a_checkpoint_becomes_a_folder(golden_tupe_checkpoint, tmp_path, capsys):
+    checkpoint = golden_tupe_checkpoint / "checkpoint_last.pt"
+    command = ["import", str(checkpoint), "--kind", "fairseq-encoder", "--json", "--out"]
+    assert main([*command, str(tmp_path)]) == 0
+    imported = read_tupe_checkpoint(checkpoint)
+    value = json.loads(capsys.readouterr().out)
+    assert value["renamed"] == dict(imported.report)
+    assert value["scheme"] == imported.config.scheme
+    loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    for name, weight in imported.masked_lm().state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+    assert main([*command, str(tmp_path), "--classifier", "other"]) == 2
+    assert "must have the head 'other'" in capsys.readouterr().err
 
 
 def test_databin(golden_tupe_databin):
