@@ -8,10 +8,10 @@ Perplexity against the fraction of saved searches, in three cases:
 
 and for four ways to save searches: kNN-LM that searches at a random share of positions, or only
 where the model is unsure of its likeliest token, RetoMaton without clusters, RetoMaton with them;
-for RetoMaton `min_knns` sweeps from 1 (most saved) to never reached (none saved). lam and the temperature are chosen per case on held-out documents, by
-kNN-LM with a search at every position; all methods score their candidates by exact distances, and
-search one IVF-PQ index whose recall is printed. Protocol: sliding windows within documents, state
-carried through each document.
+for RetoMaton `min_knns` sweeps from 1 (most saved) to never reached (none saved). lam and the
+temperature are chosen per case on held-out documents, by kNN-LM with a search at every position;
+all methods score their candidates by exact distances, and search one IVF-PQ index whose recall is
+printed. Protocol: sliding windows within documents, state carried through each document.
 
 Line breaks are read as spaces, and neither an end token nor a tokenizer's leading space is made
 where the model was not trained on it: a few hundred such tokens, hopeless for the model and obvious

@@ -16,14 +16,13 @@ the context of each window too, as the paper's code does, would ask of the memor
 
 import argparse
 import multiprocessing
-import resource
 import time
 
 import numpy as np
 import torch
 
 from benchmarks.bench_extraction import model_of
-from benchmarks.common import matmul_flops, paired, save
+from benchmarks.common import matmul_flops, paired, peak_megabytes, save
 from memlm.core.merges import Union
 from memlm.data.lexical import find_neighbours, greedy_chain
 from memlm.data.tokens import TokenCorpus
@@ -65,9 +64,9 @@ def _peak(method: str, positions: int, threads: int) -> float:
     torch.set_num_threads(threads)
     training_step("ce", ROW)()  # what the first step of any size allocates
     step = training_step(method, positions)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_megabytes()
     step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return peak_megabytes() - before
 
 
 def training(positions: int, threads: int, rounds: int, speed: float) -> dict:

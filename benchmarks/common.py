@@ -61,6 +61,17 @@ def copy_bandwidth(megabytes: int = 256) -> float:
     return data.numel() * 4 / min(seconds(data.sum) for _ in range(5))
 
 
+def peak_megabytes() -> float:
+    """The most memory this process has held (Linux).
+
+    Not ``ru_maxrss``: that begins with what the parent held when it started the process.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) / 1000
+    raise OSError("this system does not say how much memory a process has held")
+
+
 def machine() -> dict[str, Any]:
     return {
         "cpu": platform.processor() or platform.machine(),
