@@ -158,9 +158,7 @@ def sink_scores(query: Tensor, positions: Tensor, sinks: Keys, scores: Scores) -
         distance = near[:, :, None] - sinks.positions[:, None, :]
         return scores.finish(_true_dots(query, near, key, sinks, scores), distance, seen)
     if limit is None:
-        return scores.finish(
-            _true_dots(query, positions, key, sinks, scores), distance, seen
-        )
+        return scores.finish(_true_dots(query, positions, key, sinks, scores), distance, seen)
     still = scores.turn(key, torch.zeros_like(sinks.positions))
     far = grouped_dots(scores.turn(query, torch.full_like(positions, limit)), still)
     if limit <= window or scores.config.clamp == "original":

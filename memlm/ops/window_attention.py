@@ -95,7 +95,8 @@ def window_attention(
     if impl == "tiled":
         raise InputError(
             "tiles need float32, float64 or bfloat16 on a CPU without gradients, rows without "
-            "padding and neither slopes nor soft-cap, got something else; use impl='auto'"
+            "padding, neither slopes nor soft-cap, and a torch with the fused kernel, got "
+            "something else; use impl='auto'"
         )
     return _blocked(query, positions, keys, sinks, scores)
 

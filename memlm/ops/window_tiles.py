@@ -12,7 +12,7 @@ those of the next one by r + window: the distances come out right, and no positi
 windows, however long the text is.
 
 The fused kernel that also returns log-sum-exps is torch's own for CPUs; it has no gradient for
-them, so training takes the blocked implementation.
+them, so training takes the blocked implementation, and so does a torch without this kernel.
 """
 
 from typing import Any
@@ -24,6 +24,26 @@ from memlm.ops.lambda_rule import Keys, Scores, sink_scores
 
 _QUERIES = 8192  # of one pass; bounds what is held besides inputs and outputs
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+_KERNEL = "_scaled_dot_product_flash_attention_for_cpu"
+_ARGUMENTS = (
+    "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, "
+    "Tensor? attn_mask=None, float? scale=None) -> (Tensor output, Tensor logsumexp)"
+)
+
+
+def find_kernel(name: str) -> Any | None:
+    """The fused attention of this torch; None if it has none of this name and these arguments.
+
+    The operator is private, so another release may drop it or change it.
+    """
+    packet = getattr(torch.ops.aten, name, None)
+    overload = getattr(packet, "default", None)
+    return (
+        overload if str(getattr(overload, "_schema", "")) == f"aten::{name}{_ARGUMENTS}" else None
+    )
+
+
+_attend = find_kernel(_KERNEL)
 
 
 def can_tile(query: Tensor, positions: Tensor, keys: Keys, scores: Scores) -> bool:
@@ -31,7 +51,8 @@ def can_tile(query: Tensor, positions: Tensor, keys: Keys, scores: Scores) -> bo
     new, window = query.shape[2], scores.config.window
     past = keys.positions.shape[1] - new
     if (
-        new < 2
+        _attend is None
+        or new < 2
         or past < 0
         or query.device.type != "cpu"
         or query.dtype not in _DTYPES
@@ -127,7 +148,7 @@ def _cut(x: Tensor, tile: int) -> Tensor:
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Fused causal attention within tiles, with its log-sum-exps."""
     batch = query.shape[0]
-    attend: Any = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    attend: Any = _attend  # ``can_tile`` has seen that it is there
     output, lse = attend(
         query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), 0.0, True, scale=scale
     )

@@ -184,6 +184,19 @@ def test_what_cannot_be_tiled_is_refused_and_done_otherwise():
         )
 
 
+def test_without_the_private_kernel_blocks_serve(monkeypatch):
+    assert window_tiles.find_kernel("no_such_attention") is None
+    assert window_tiles.find_kernel("relu") is None
+    query, keys = case(rows(9, columns=9))
+    arguments = (query, keys.positions, keys, first_keys(keys, 1), LambdaConfig(4, 1))
+    tiled = window_attention(*arguments, impl="tiled")
+    monkeypatch.setattr(window_tiles, "_attend", None)
+    with pytest.raises(InputError, match="a torch with the fused kernel"):
+        window_attention(*arguments, impl="tiled")
+    assert_close(window_attention(*arguments), tiled)
+    assert torch.equal(window_attention(*arguments), window_attention(*arguments, impl="blocked"))
+
+
 @pytest.mark.parametrize("far", [0, 10_000, 200_000_000])
 @pytest.mark.parametrize("slots", [4, 7, 16])
 @pytest.mark.parametrize("clamp", ["causal", "streaming"])
