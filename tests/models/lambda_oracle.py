@@ -11,7 +11,7 @@ INTERLEAVED = ("codegen", "cohere", "cohere2", "glm", "gptj")
 ALIBI = ("bloom", "mpt")
 
 
-def install(monkeypatch, extension_class, *, window, sinks, limit):
+def install(monkeypatch, extension_class, *, window, sinks, limit, streaming=False):
     """Let every extended model compute attention by definition until the test ends."""
 
     def attend(extension, layer, query, key, value, *, scale, softcap=None, **_):
@@ -22,6 +22,7 @@ def install(monkeypatch, extension_class, *, window, sinks, limit):
             window=min(window, config.sliding_window) if sliding else window,
             sinks=0 if sliding else sinks,
             limit=limit,
+            streaming=streaming,
         )
         groups = query.shape[1] // key.shape[1]
         query, key, value = (x.double() for x in (query, key, value))
@@ -37,13 +38,17 @@ def install(monkeypatch, extension_class, *, window, sinks, limit):
     monkeypatch.setattr(extension_class, "attend", attend)
 
 
-def pairs(length, *, window, sinks, limit):
+def pairs(length, *, window, sinks, limit, streaming):
     """Which pairs ``(length, length)`` are seen, and at which distance."""
     places = torch.arange(length)
     distance = places[:, None] - places
     far = (distance >= window) & (places < sinks)
     seen = ((distance >= 0) & (distance < window)) | far
-    return seen, torch.where(far, distance.clamp(max=limit or length), distance)
+    if streaming:
+        fixed = places.clamp(max=sinks + window - 1)[:, None] - places
+    else:
+        fixed = distance.clamp(max=limit or length)
+    return seen, torch.where(far, fixed, distance)
 
 
 def layer_type(config, index):

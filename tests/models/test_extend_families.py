@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 from memlm.models.extend import extend_context, extended, is_extended, restore_context
 from memlm.models.extend_families import FAMILIES
@@ -53,6 +54,25 @@ def test_it_is_lambda_attention(family, monkeypatch):
     for limit, output in zip(limits, outputs, strict=True):
         install(monkeypatch, Extension, **SETTINGS, limit=limit)
         assert_close(output, logits(model, tokens, use_cache=False), **TOLERANCE)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streaming_positions_are_those_among_the_kept(family, monkeypatch):
+    model, tokens = tiny_model(family), tiny_tokens(2, LENGTH)
+    with extended(model, **SETTINGS):
+        other = logits(model, tokens, use_cache=False)
+    extend_context(model, **SETTINGS, clamp="streaming")
+    output = logits(model, tokens, use_cache=False)
+    pieces = [
+        logits(model, piece, past_key_values=cache)
+        for cache in [DynamicCache()]
+        for piece in tokens.split([20, 29, 1], dim=1)
+    ]
+    assert_close(torch.cat(pieces, dim=1), output, **TOLERANCE)
+    install(monkeypatch, Extension, **SETTINGS, limit=None, streaming=True)
+    assert_close(output, logits(model, tokens, use_cache=False), **TOLERANCE)
+    # layers of Cohere 2 that see sinks have no positions
+    assert family == "cohere2" or (output - other)[:, WINDOW + SINKS :].abs().max() > 1e-3
 
 
 def test_falcon_with_alibi_is_lambda_attention(monkeypatch):
