@@ -9,11 +9,15 @@ Through public seams only:
 * a hook on the body counts positions (padding does not count) and puts `WindowLayer`s into an
   empty cache, so that ``generate`` needs no new argument.
 
+The attention is chosen in the configuration, which models made of one configuration share, so an
+extended model gets a copy of its own.
+
 A layer that was trained with a sliding window of its own, in a model that mixes sliding and full
 layers, keeps it and gets no sinks: from beyond its window it has never seen anything. Layers
 without any position (NoPE) are neither rotated nor limited; they see the same keys.
 """
 
+import copy
 import inspect
 import sys
 from collections.abc import Callable
@@ -51,6 +55,7 @@ class Extension:
         self, model: PreTrainedModel, inner: nn.Module, config: LambdaConfig | DenseConfig
     ):
         self.model, self.inner, self.config = model, inner, config
+        _own_config(model)
         self.family: str = model.config.model_type
         self.implementation: Any = model.config._attn_implementation
         self.rotary: Any = getattr(inner, "rotary_emb", None)
@@ -250,6 +255,16 @@ class _StillRotary(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         cos, sin = self.real(x, torch.zeros_like(position_ids), *kind, **named)
         return torch.ones_like(cos), torch.zeros_like(sin)
+
+
+def _own_config(model: PreTrainedModel) -> None:
+    """Give ``model`` and its parts a copy of their configuration, shared with no other model."""
+    copies: dict[int, Any] = {}
+    copy.deepcopy(model.config, copies)
+    for module in model.modules():
+        own = copies.get(id(getattr(module, "config", None)))
+        if own is not None:
+            module.config = own
 
 
 def attention_layers(inner: nn.Module) -> list[nn.Module]:

@@ -160,6 +160,21 @@ def test_copies_and_saved_models_stand_alone(family, tmp_path):
     assert torch.equal(logits(extend_context(loaded, **SETTINGS), tokens), rows)
 
 
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma3_text"])
+def test_models_of_one_configuration_do_not_disturb_each_other(family):
+    first, tokens = tiny_model(family), tiny_tokens(1, 40)
+    second = type(first)(first.config).eval()
+    second.load_state_dict(first.state_dict())
+    assert second.config is first.config
+    original = logits(second, tokens)
+    rows = logits(extend_context(first, **SETTINGS), tokens)
+    assert torch.equal(logits(second, tokens), original)
+    extend_context(second, **SETTINGS)
+    restore_context(first)
+    assert torch.equal(logits(second, tokens), rows)
+    assert torch.equal(logits(first, tokens), original)
+
+
 @pytest.mark.parametrize("family", ["gptj", "bloom", "gemma3_text"])
 def test_the_original_moves_along_with_an_extended_model(family):
     """What is done to parameters and buffers meanwhile is done to the modules that come back."""
