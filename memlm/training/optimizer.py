@@ -74,9 +74,17 @@ class MuonAdamW(Optimizer):
 
 
 def muon_adamw(model: nn.Module, head: torch.Tensor, **rates: Any) -> MuonAdamW:
-    """Sort a language model's parameters: 2-D weights other than the head's table go to Muon."""
+    """Sort a language model's parameters: 2-D weights other than tables go to Muon.
+
+    Args:
+        model: whose parameters are trained; the weights of its `nn.Embedding` are tables.
+        head: weight of the output embeddings, a table too.
+        rates: see `MuonAdamW`.
+    """
+    looked_up = [module.weight for module in model.modules() if isinstance(module, nn.Embedding)]
+    known = {id(table) for table in (head, *looked_up)}
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    tables = [parameter for parameter in wanted if parameter is head]
-    vectors = [parameter for parameter in wanted if parameter.ndim != 2]
-    matrices = [p for p in wanted if p.ndim == 2 and p is not head]
+    tables = [parameter for parameter in wanted if id(parameter) in known]
+    vectors = [p for p in wanted if p.ndim != 2 and id(p) not in known]
+    matrices = [p for p in wanted if p.ndim == 2 and id(p) not in known]
     return MuonAdamW(matrices, tables, vectors, **rates)

@@ -100,3 +100,12 @@ def test_a_closure_is_called_once_and_its_loss_returned():
 
     assert optimizer.step(closure) is not None
     assert calls == [1]
+
+
+def test_every_table_is_one_also_where_it_is_not_tied_to_the_head():
+    model = small()
+    groups = muon_adamw(model, model.matrix.weight, **RATES).param_groups
+    matrices, tables, vectors = (group["params"] for group in groups)
+    assert matrices == []
+    assert {id(p) for p in tables} == {id(model.table.weight), id(model.matrix.weight)}
+    assert [id(p) for p in vectors] == [id(model.matrix.bias)]
