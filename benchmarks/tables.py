@@ -301,6 +301,28 @@ def retro(result: Result) -> list[str]:
     ]
 
 
+def trime(result: Result) -> list[str]:
+    return [
+        f"Training with TRIME's memories against plain cross-entropy, {result['machine']['threads']} "
+        "thread(s), in turn; the floor is the operations of the products at this machine's measured "
+        "speed:",
+        "",
+        *table(
+            ["TRIME: memories", "time / CE", "floor / CE", "peak MB", "peak MB of CE"],
+            [
+                [
+                    f"{row['memories']:,}",
+                    f"{row['ratio']:.2f}",
+                    f"{row['floor_ratio']:.2f}",
+                    f"{row['trime_peak_mb']:,.0f}",
+                    f"{row['ce_peak_mb']:,.0f}",
+                ]
+                for row in result["training"]
+            ],
+        ),
+    ]
+
+
 SECTIONS = {
     "import": imports,
     "extraction": extraction,
@@ -310,6 +332,7 @@ SECTIONS = {
     "ten-million": ten_million,
     "retomaton": retomaton,
     "untied_attention": untied_attention,
+    "trime": trime,
     "retro": retro,
     "lminfinite_lengths": lminfinite_lengths,
     "lminfinite_stream": lminfinite_stream,
