@@ -11,6 +11,14 @@ BENCHMARKS = (
     "bench_evaluation",
     "bench_automaton",
     "bench_trime",
+    "bench_retro",
+    "bench_untied_attention",
+)
+    "bench_import",
+    "bench_extraction",
+    "bench_evaluation",
+    "bench_automaton",
+    "bench_trime",
 )
 
 

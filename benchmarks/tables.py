@@ -303,9 +303,9 @@ def retro(result: Result) -> list[str]:
 
 def trime(result: Result) -> list[str]:
     return [
-        f"Training with TRIME's memories against plain cross-entropy, {result['machine']['threads']} "
-        "thread(s), in turn; the floor is the operations of the products at this machine's measured "
-        "speed:",
+        "Training with TRIME's memories against plain cross-entropy, "
+        f"{result['machine']['threads']} thread(s), in turn; the floor is the operations of the "
+        "products at this machine's measured speed:",
         "",
         *table(
             ["TRIME: memories", "time / CE", "floor / CE", "peak MB", "peak MB of CE"],
