@@ -14,12 +14,6 @@ BENCHMARKS = (
     "bench_retro",
     "bench_untied_attention",
 )
-    "bench_import",
-    "bench_extraction",
-    "bench_evaluation",
-    "bench_automaton",
-    "bench_trime",
-)
 
 
 def main():
