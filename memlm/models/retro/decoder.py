@@ -14,7 +14,7 @@ With ``compatibility="retro_pytorch"`` queries have position 2 m - 2 if w = 0, e
 shifts its table of angles twice.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -103,8 +103,7 @@ class CrossAttention(RetroAttention):
                 chunk, memory = row, before
             else:
                 chunk, memory = torch.where(chunk < 0, row, chunk + batch), before + memory
-            assert cache.current is not None
-            has = cache.current[row] | (grid.chunk >= 0)
+            has = cast(Tensor, cache.current)[row] | (grid.chunk >= 0)
         else:
             has = chunk >= 0
         if memory is None:
