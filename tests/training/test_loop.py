@@ -191,7 +191,6 @@ class Killing(TrainerCallback):
 
 def run_killed(out, step, inside):
     """Train until killed; without a step, to the end."""
-    torch.set_num_threads(1)
     config = TrainConfig(**settings(method="trime", max_steps=9, save_every=2, log_every=3))
     examples, order = read_in_order(text(), config, 1)
     train(
