@@ -26,8 +26,10 @@ from memlm.core.types import TargetPartial
 _ROWS = 256  # of logits held at once; 4 MB for a vocabulary of 4,096
 
 
-def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Summed negative log-likelihood of the targets under ``softmax(hidden @ weight.T)``.
+def head_memory_loss(
+    hidden: Tensor, weight: Tensor, targets: Tensor, memory: TargetPartial | None
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood of the targets under one softmax over head and memory.
 
     Under ``torch.autocast`` the products are taken in its dtype; sums are float32 or wider.
 
@@ -35,26 +37,11 @@ def head_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tenso
         hidden: ``(n, dim)`` final hidden states.
         weight: ``(vocab, dim)`` of a head without bias.
         targets: ``(n,)`` int64; -100 marks rows that do not count.
-
-    Returns:
-        A scalar in natural-log units, float32 or wider; divide by the number of targets yourself.
-    """
-    return head_memory_loss(hidden, weight, targets, None)[0]
-
-
-def head_memory_loss(
-    hidden: Tensor, weight: Tensor, targets: Tensor, memory: TargetPartial | None
-) -> tuple[Tensor, Tensor]:
-    """Summed negative log-likelihood of the targets under one softmax over head and memory.
-
-    Args:
-        hidden: as for `head_cross_entropy`.
-        weight: alike.
-        targets: alike.
         memory: ``(n,)`` what the memory says about the targets, with gradient; None: nothing.
 
     Returns:
-        The loss, and the loss of the head alone (without gradient): scalars in natural-log units.
+        The loss, and the loss of the head alone (without gradient): scalars in natural-log units,
+        float32 or wider; divide by the number of targets yourself.
     """
     device = hidden.device.type
     if torch.is_autocast_enabled(device):

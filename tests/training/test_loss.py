@@ -6,7 +6,7 @@ from torch.nn.functional import cross_entropy, linear
 
 from memlm.core.types import TargetPartial
 from memlm.ops.logsumexp import safe_logsumexp
-from memlm.training.loss import head_cross_entropy, head_memory_loss
+from memlm.training.loss import head_memory_loss
 
 
 def reference(hidden, weight, targets):
@@ -20,7 +20,7 @@ def test_equals_the_plain_loss_and_its_gradients(rows, masked):
     hidden = torch.randn(rows, 12, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(31, 12, dtype=torch.float64, requires_grad=True)
     targets = torch.randint(0, 31, (rows,)).masked_fill(torch.rand(rows) < masked, -100)
-    loss = head_cross_entropy(hidden, weight, targets)
+    loss, _ = head_memory_loss(hidden, weight, targets, None)
     expected = reference(hidden, weight, targets)
     torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-12)
     ours = torch.autograd.grad(3 * loss, (hidden, weight))
@@ -35,7 +35,7 @@ def test_gives_gradients_only_where_they_are_wanted(frozen):
     hidden = torch.randn(9, 4, requires_grad=frozen == "weight")
     weight = torch.randn(5, 4, requires_grad=frozen == "hidden")
     targets = torch.randint(0, 5, (9,))
-    loss = head_cross_entropy(hidden, weight, targets)
+    loss, _ = head_memory_loss(hidden, weight, targets, None)
     torch.testing.assert_close(loss.double(), reference(hidden, weight, targets))
     if frozen != "both":
         loss.backward()
@@ -52,7 +52,7 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32():
     weight = (torch.randn(64, 32) / 8).requires_grad_()
     targets = torch.randint(0, 64, (300,))
     with torch.autocast("cpu", torch.bfloat16):
-        loss = head_cross_entropy(hidden, weight, targets)
+        loss, _ = head_memory_loss(hidden, weight, targets, None)
     expected = reference(hidden, weight, targets)
     assert loss.dtype == torch.float32
     assert loss.item() != expected.item()
@@ -67,7 +67,7 @@ def test_under_autocast_products_are_bfloat16_and_gradients_float32():
 def test_does_not_overflow():
     hidden = torch.full((2, 1), 1e4, requires_grad=True)
     weight = torch.tensor([[1.0], [-1.0]])
-    loss = head_cross_entropy(hidden, weight, torch.tensor([0, 0]))
+    loss, _ = head_memory_loss(hidden, weight, torch.tensor([0, 0]), None)
     loss.backward()
     assert float(loss.detach()) == 0.0
     assert torch.equal(hidden.grad, torch.zeros(2, 1))
