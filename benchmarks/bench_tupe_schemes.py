@@ -97,8 +97,8 @@ def main():
         for scheme in SCHEMES:
             source = options.out / f"{scheme}-seed-{options.seeds[0]}"
             config = FinetuneConfig(
-                task=task, learning_rates=(5e-4,), seeds=tuple(options.glue_seeds), epochs=3, max_length=128,
-                threads=options.threads,
+                task=task, learning_rates=(5e-4,), seeds=tuple(options.glue_seeds), epochs=3,
+                max_length=128, threads=options.threads,
             )  # fmt: skip
             table = finetune(
                 lambda labels, source=source: TupeForSequenceClassification.from_pretrained(
