@@ -37,6 +37,8 @@ from memlm.ops.lambda_rule import (
     grouped_dots,
     sink_scores,
 )
+from memlm.ops.logsumexp import safe_logsumexp
+from memlm.ops.parts import Part, union_of_parts
 from memlm.ops.window_tiles import can_tile, tiled
 
 Impl = Literal["auto", "reference", "blocked", "tiled"]
@@ -56,6 +58,7 @@ def window_attention(
     slopes: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    other: Part | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Attention over a window and over sinks, normalised together.
@@ -70,6 +73,7 @@ def window_attention(
         slopes: ``(heads,)`` of ALiBi (Press et al. 2022).
         scale: of the scores; default ``dim ** -0.5``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
+        other: what these queries see besides, under the same softmax.
         impl: ``"reference"`` holds all scores; ``"blocked"`` those of 512 queries at a time;
             ``"tiled"`` none: `memlm.ops.window_tiles`; ``"auto"``: tiled where that can be.
 
@@ -87,21 +91,23 @@ def window_attention(
         limit = min(limit, int(torch.maximum(keys.positions.max(), positions.max())))
     scores = Scores(config, limit, rotate, slopes, scale, softcap)
     if impl == "reference":
-        return _reference(query, positions, keys, sinks, scores)
+        return _reference(query, positions, keys, sinks, scores, other)
     if impl not in ("auto", "blocked", "tiled"):
         raise InputError(f"impl must be 'auto', 'reference', 'blocked' or 'tiled', got {impl!r}")
     if impl != "blocked" and can_tile(query, positions, keys, scores):
-        return tiled(query, positions, keys, sinks, scores)
+        return tiled(query, positions, keys, sinks, scores, other)
     if impl == "tiled":
         raise InputError(
             "tiles need float32, float64 or bfloat16 on a CPU without gradients, rows without "
             "padding, neither slopes nor soft-cap, and a torch with the fused kernel, got "
             "something else; use impl='auto'"
         )
-    return _blocked(query, positions, keys, sinks, scores)
+    return _blocked(query, positions, keys, sinks, scores, other)
 
 
-def _reference(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
+def _reference(
+    query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores, other: Part | None
+) -> Tensor:
     """Every pair of query and key, one distance after the other."""
     window, limit = scores.config.window, scores.limit
     work = torch.promote_types(query.dtype, torch.float32)
@@ -137,10 +143,15 @@ def _reference(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores
             seen[:, None], scores.softcap * torch.tanh(dots / scores.softcap), -torch.inf
         )
     weights = torch.softmax(dots, dim=-1).masked_fill(~seen.any(-1)[:, None, :, None], 0.0)
-    return (weights @ value).to(keys.value.dtype)
+    output = weights @ value
+    if other is not None:
+        output = union_of_parts(Part(output, safe_logsumexp(dots)), other)
+    return output.to(keys.value.dtype)
 
 
-def _blocked(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
+def _blocked(
+    query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores, other: Part | None
+) -> Tensor:
     """512 queries at a time, against the columns that their windows can reach and the sinks."""
     outputs = []
     begin = 0
@@ -148,7 +159,8 @@ def _blocked(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: 
         part = slice(start, start + _BLOCK)
         begin, end = _reach(positions[:, part], keys.positions, begin, scores.config.window)
         block = keys.narrow(begin, end)
-        outputs.append(_block(query[:, :, part], positions[:, part], block, sinks, scores))
+        beside = None if other is None else other.narrow(start, start + _BLOCK)
+        outputs.append(_block(query[:, :, part], positions[:, part], block, sinks, scores, beside))
     if not outputs:
         return query.new_zeros(*query.shape[:3], keys.value.shape[-1], dtype=keys.value.dtype)
     return torch.cat(outputs, dim=2)
@@ -167,7 +179,9 @@ def _reach(positions: Tensor, places: Tensor, begin: int, window: int) -> tuple[
     return begin + int(columns[0]), begin + int(columns[-1]) + 1
 
 
-def _block(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
+def _block(
+    query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores, other: Part | None
+) -> Tensor:
     window = scores.config.window
     work = torch.promote_types(query.dtype, torch.float32)
     query = query.to(work)
@@ -191,7 +205,10 @@ def _block(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Sc
     empty = torch.isneginf(joined).all(-1, keepdim=True)
     weights = torch.softmax(joined.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     output = weights.flatten(2, 3) @ torch.cat(values, dim=2)
-    return output.unflatten(2, weights.shape[2:4]).flatten(1, 2).to(keys.value.dtype)
+    output = output.unflatten(2, weights.shape[2:4]).flatten(1, 2)
+    if other is not None:
+        output = union_of_parts(Part(output, safe_logsumexp(joined).flatten(1, 2)), other)
+    return output.to(keys.value.dtype)
 
 
 def _check_shapes(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys) -> None:

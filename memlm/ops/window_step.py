@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from memlm.ops.lambda_rule import Keys, LambdaConfig, Rotate, Scores, grouped_dots, sink_scores
+from memlm.ops.logsumexp import safe_logsumexp
+from memlm.ops.parts import Part, union_of_parts
 
 
 def step_attention(
@@ -30,6 +32,7 @@ def step_attention(
     slopes: Tensor | None = None,
     scale: float | None = None,
     softcap: float | None = None,
+    other: Part | None = None,
 ) -> Tensor:
     """Attention of one query per row over sinks and ring.
 
@@ -44,6 +47,7 @@ def step_attention(
         slopes: alike.
         scale: alike.
         softcap: alike.
+        other: alike.
 
     Returns:
         ``(batch, heads, 1, value dim)``; zeros where nothing is seen.
@@ -62,7 +66,11 @@ def step_attention(
     empty = torch.isneginf(joined).all(-1, keepdim=True)
     weights = torch.softmax(joined.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     output = weights.flatten(2, 3).to(held.value.dtype) @ held.value
-    return output.unflatten(2, weights.shape[2:4]).flatten(1, 2)
+    output = output.unflatten(2, weights.shape[2:4]).flatten(1, 2)
+    if other is None:
+        return output
+    part = Part(output, safe_logsumexp(joined).flatten(1, 2))
+    return union_of_parts(part, other).to(output.dtype)
 
 
 def _ring_scores(

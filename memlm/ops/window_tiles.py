@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from memlm.ops.lambda_rule import Keys, Scores, sink_scores
+from memlm.ops.parts import Part
 
 _QUERIES = 8192  # of one pass; bounds what is held besides inputs and outputs
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -76,7 +77,14 @@ def can_tile(query: Tensor, positions: Tensor, keys: Keys, scores: Scores) -> bo
     )
 
 
-def tiled(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores) -> Tensor:
+def tiled(
+    query: Tensor,
+    positions: Tensor,
+    keys: Keys,
+    sinks: Keys,
+    scores: Scores,
+    other: Part | None = None,
+) -> Tensor:
     """As ``window_attention``, for what ``can_tile`` accepts."""
     new, past = query.shape[2], keys.positions.shape[1] - query.shape[2]
     tile = min(scores.config.window, new) if past == 0 else scores.config.window
@@ -86,14 +94,20 @@ def tiled(query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Sco
         end = min(begin + span, new)
         first = max(past + begin - (tile - 1), 0)
         here = keys.narrow(first, past + end)
-        outputs.append(
-            _span(query[:, :, begin:end], positions[:, begin:end], here, sinks, scores, tile)
-        )
+        asked, places = query[:, :, begin:end], positions[:, begin:end]
+        beside = None if other is None else other.narrow(begin, end)
+        outputs.append(_span(asked, places, here, sinks, scores, tile, beside))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
 
 
 def _span(
-    query: Tensor, positions: Tensor, keys: Keys, sinks: Keys, scores: Scores, tile: int
+    query: Tensor,
+    positions: Tensor,
+    keys: Keys,
+    sinks: Keys,
+    scores: Scores,
+    tile: int,
+    other: Part | None,
 ) -> Tensor:
     """Whole tiles, except that the last one may be cut; ``tile - 1`` keys or none lie before."""
     new = query.shape[2]
@@ -126,6 +140,10 @@ def _span(
             scores.scale,
         )
         parts.append(_aligned(outer, first))
+    if other is not None:
+        lse = torch.nn.functional.pad(other.lse.to(inner[1].dtype), (0, fill), value=-torch.inf)
+        output = torch.nn.functional.pad(other.output.to(query.dtype), (0, 0, 0, fill))
+        parts.append((_cut(output, tile), lse.unflatten(2, (tiles, tile)).transpose(1, 2)))
     if sinks.positions.shape[1] == 0 or int(positions[0, -1]) < scores.config.window:
         return _joined(parts, new, query.dtype)
     far = sink_scores(query, positions, sinks, scores).flatten(1, 2)
