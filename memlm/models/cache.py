@@ -23,7 +23,61 @@ from memlm.core.errors import UnsupportedModelError
 from memlm.core.types import TokenMemory
 
 
-class MemoryCache(Cache):
+class CarryingCache(Cache):
+    """The layers of another cache, and beside them something with one row per sequence.
+
+    What is done to rows is done to the other cache first, which may itself carry something.
+
+    Attributes:
+        inner: the other cache.
+    """
+
+    inner: Cache
+
+    def __init__(self, inner: Cache):
+        """Take over ``inner``'s layers.
+
+        Raises:
+            UnsupportedModelError: for an encoder-decoder cache.
+        """
+        if isinstance(inner, EncoderDecoderCache):
+            raise UnsupportedModelError(
+                "a memory rides on the cache of a decoder-only model, got an EncoderDecoderCache; "
+                "attach it to a causal language model"
+            )
+        # The same layer list and settings: both objects are views of one cache from now on.
+        self.__dict__.update(inner.__dict__)
+        self.inner = inner
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Row ``i`` continues what row ``beam_idx[i]`` was (beam search)."""
+        self.inner.reorder_cache(beam_idx)  # type: ignore[arg-type]
+        self._select(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows ``indices`` ``(rows,)``."""
+        self.inner.batch_select_indices(indices)
+        self._select(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Every row ``repeats`` times, copies beside each other."""
+        self.inner.batch_repeat_interleave(repeats)
+        self._select(torch.arange(self._rows()).repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Forget everything, keep the allocated layers."""
+        self.inner.reset()
+
+    def _rows(self) -> int:
+        """How many sequences there are (beams count)."""
+        raise NotImplementedError
+
+    def _select(self, index: Tensor) -> None:
+        """Keep the rows ``index`` of what is carried."""
+        raise NotImplementedError
+
+
+class MemoryCache(CarryingCache):
     """The layers of another cache, and the state of a memory beside them.
 
     Attributes:
@@ -37,41 +91,15 @@ class MemoryCache(Cache):
     rows: int
 
     def __init__(self, inner: Cache, memory: TokenMemory, state: Any, rows: int):
-        """Take over ``inner``'s layers.
-
-        Raises:
-            UnsupportedModelError: for an encoder-decoder cache.
-        """
-        if isinstance(inner, EncoderDecoderCache):
-            raise UnsupportedModelError(
-                "a memory rides on the cache of a decoder-only model, got an EncoderDecoderCache; "
-                "attach it to a causal language model"
-            )
-        # The same layer list and settings: both objects are views of one cache from now on.
-        self.__dict__.update(inner.__dict__)
+        super().__init__(inner)
         self.memory = memory
         self.state = state
         self.rows = rows
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` continues what row ``beam_idx[i]`` was (beam search)."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices`` ``(rows,)``."""
-        super().batch_select_indices(indices)
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, copies beside each other."""
-        super().batch_repeat_interleave(repeats)
-        self._select(torch.arange(self.rows).repeat_interleave(repeats))
-
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Take back positions; arguments as in ``transformers``' ``Cache.crop``."""
         before = int(self.get_seq_length())
-        super().crop(*args, **kwargs)
+        self.inner.crop(*args, **kwargs)
         if (after := int(self.get_seq_length())) != before:
             self.state = self.memory.crop(self.state, after)
 
@@ -83,6 +111,9 @@ class MemoryCache(Cache):
     def stats(self) -> dict[str, Any]:
         """The memory's figures for these sequences."""
         return self.memory.stats(self.state)
+
+    def _rows(self) -> int:
+        return self.rows
 
     def _select(self, index: Tensor) -> None:
         self.state = self.memory.select_rows(self.state, index)

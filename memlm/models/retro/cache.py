@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from memlm.core.errors import UnsupportedModelError
+from memlm.models.cache import CarryingCache
 
 
 class Memory:
@@ -58,8 +59,8 @@ class Memory:
         )
 
 
-class RetroCache(DynamicCache):
-    """Keys and values of a RETRO model's past.
+class RetroCache(CarryingCache):
+    """Keys and values of a model's past, and of the neighbours of its current chunks.
 
     Attributes:
         neighbours: layer index to `Memory`; empty before the first chunk with neighbours.
@@ -67,28 +68,18 @@ class RetroCache(DynamicCache):
         current: ``(batch,)`` bool, or None before the first chunk with neighbours.
     """
 
-    def __init__(self):
-        super().__init__()
+    def __init__(self, inner: Cache | None = None):
+        """Around ``inner``; None: around a new growing cache."""
+        super().__init__(DynamicCache() if inner is None else inner)
         self.neighbours: dict[int, Memory] = {}
         self.tail: Tensor | None = None
         self.current: Tensor | None = None
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Row ``i`` continues what row ``beam_idx[i]`` was (beam search)."""
-        super().reorder_cache(beam_idx)  # type: ignore[arg-type]
-        self._select(beam_idx)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep the rows ``indices``."""
-        super().batch_select_indices(indices)
-        self._select(indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Every row ``repeats`` times, copies beside each other."""
-        super().batch_repeat_interleave(repeats)
-        if self.tail is not None:
-            rows = torch.arange(len(self.tail), device=self.tail.device)
-            self._select(rows.repeat_interleave(repeats))
+    def around(self, inner: Cache) -> "RetroCache":
+        """What this cache carries, around the layers of another."""
+        cache = RetroCache(inner)
+        cache.neighbours, cache.tail, cache.current = self.neighbours, self.tail, self.current
+        return cache
 
     def crop(self, *args: Any, **kwargs: Any) -> None:
         """Refuse: neighbours of chunks that have passed are not kept.
@@ -105,6 +96,9 @@ class RetroCache(DynamicCache):
         """Forget everything."""
         super().reset()
         self.neighbours, self.tail, self.current = {}, None, None
+
+    def _rows(self) -> int:
+        return 0 if self.tail is None else len(self.tail)
 
     def _select(self, index: Tensor) -> None:
         if self.tail is not None:

@@ -33,6 +33,7 @@ from memlm.models.retro.layers import (
     rotate,
     rotation,
 )
+from memlm.models.retro.reading import Reading
 from memlm.ops.chunked_cross_attention import chunked_cross_attention
 
 
@@ -172,6 +173,13 @@ class DecoderLayer(nn.Module):
             self.cross = residual(CrossAttention(config, index))
         inner = config.intermediate_size or 4 * width
         self.feed = residual(FeedForward(width, inner, config.activation_dropout, config.gains[1]))
+
+    def forward(self, x: Tensor, sight: Sight, reading: Reading) -> Tensor:
+        """``(batch, time, width)`` to the same."""
+        x = self.attention(x, sight)
+        if self.cross is not None:
+            x = reading.attend(self.cross, x)
+        return self.feed(x)
 
 
 def _decoder_attention(config: RetroConfig) -> tuple[int, int, int, int, float, float]:

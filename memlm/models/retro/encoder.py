@@ -13,6 +13,7 @@ chunk, and from there on once per chunk; the chunk's keys and values are project
 per neighbour. All of it is exact. (With dropout, equal neighbours share their noise.)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -136,7 +137,7 @@ class RetroEncoder(nn.Module):
         self,
         neighbours: Tensor,
         visible: Tensor,
-        embedding: nn.Module,
+        embedding: Callable[[Tensor], Tensor],
         chunks: Tensor,
         own: Tensor | None,
     ) -> Encoded:
@@ -145,7 +146,7 @@ class RetroEncoder(nn.Module):
         Args:
             neighbours: ``(chunks, k, length)`` tokens.
             visible: alike, bool.
-            embedding: the table of the neighbours' tokens.
+            embedding: of the neighbours' tokens.
             chunks: ``(chunks, m, hidden_size)`` states of the decoder.
             own: ``(chunks, m)`` bool, which of them are tokens of the chunk; None: all.
         """

@@ -31,9 +31,10 @@ from memlm.core.config import check
 from memlm.models.retro.cache import RetroCache
 from memlm.models.retro.config import RetroConfig
 from memlm.models.retro.decoder import CrossAttention, DecoderLayer, Sight
-from memlm.models.retro.encoder import Encoded, RetroEncoder
+from memlm.models.retro.encoder import RetroEncoder
 from memlm.models.retro.grid import ChunkGrid, chunk_grid
 from memlm.models.retro.layers import BodyLinear, RetroNorm, additive, make_norm, rotation
+from memlm.models.retro.reading import Reading, check_tokens, neighbours_of
 
 
 class RetroPreTrainedModel(PreTrainedModel):
@@ -175,25 +176,15 @@ class RetroModel(RetroPreTrainedModel):
         )
         found = None
         if neighbours is not None:
-            found = self._neighbours(neighbours, neighbour_mask, grid, aligned=real is None)
+            found = neighbours_of(
+                neighbours, neighbour_mask, grid, self.config, aligned=real is None
+            )
+        reading = Reading(self.config, self.encoder, self.neighbour_table, grid, found, cache)
         states = [x] if output_hidden_states else []
-        encoded: Encoded | None = None
-        first = True
-        stack: list[DecoderLayer] = list(self.layers)  # type: ignore[assignment]
-        for layer in stack:
-            x = layer.attention(x, sight)
-            if layer.cross is not None:
-                if first:
-                    encoded, first = self._encode(x, grid, found, cache), False
-                if encoded is not None or (cache is not None and cache.neighbours):
-                    x = layer.cross(x, grid, encoded, cache)
-                elif self.config.compatibility == "none":
-                    x = layer.cross.passed(x)
-            x = layer.feed(x)
+        for layer in self.layers:
+            x = layer(x, sight, reading)
             states.append(x)
-        if cache is not None and encoded is not None:
-            now = grid.per_row > 0
-            cache.current = now if cache.current is None else cache.current | now
+        reading.finish()
         x = self.norm(x)
         return BaseModelOutputWithPast(
             last_hidden_state=x,
@@ -209,17 +200,8 @@ class RetroModel(RetroPreTrainedModel):
         if input_ids is None:
             return embeds  # type: ignore[return-value]
         check(input_ids.numel() > 0, f"the batch must hold tokens, got {tuple(input_ids.shape)}")
-        self._check_tokens(input_ids, "token ids")
+        check_tokens(input_ids, self.config.vocab_size, "token ids")
         return self.embed_tokens(input_ids)
-
-    def _check_tokens(self, tokens: Tensor, what: str) -> None:
-        low, high = (int(end) for end in tokens.aminmax())
-        size = self.config.vocab_size
-        check(
-            low >= 0 and high < size,
-            f"{what} must be in [0, {size}), got {low if low < 0 else high}; are they of this "
-            "model's tokenizer?",
-        )
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> RetroCache | None:
         check(
@@ -242,75 +224,6 @@ class RetroModel(RetroPreTrainedModel):
             )
             x = x + self.embed_positions(positions)
         return self.project(x) if hasattr(self, "project") else x
-
-    def _neighbours(
-        self, neighbours: Tensor, mask: Tensor | None, grid: ChunkGrid, *, aligned: bool
-    ) -> tuple[Tensor, Tensor] | None:
-        """Neighbours ``(chunks, k, length)`` of the grid's chunks, with their mask."""
-        if neighbours.dim() == 3:
-            neighbours = neighbours[:, :, None]
-            mask = None if mask is None else mask[:, :, None]
-        batch, time = grid.positions.shape
-        check(
-            neighbours.dim() == 4 and len(neighbours) == batch,
-            f"neighbours must be (batch = {batch}, chunks, k, length), got "
-            f"{tuple(neighbours.shape)}",
-        )
-        size = self.config.chunk_size
-        check(
-            neighbours.shape[3] >= size,
-            f"neighbours must be at least chunk_size = {size} tokens long, got "
-            f"{neighbours.shape[3]}; pad shorter ones and mask the padding",
-        )
-        needed = int(grid.per_row.max())
-        most = needed if aligned and grid.documents is None else max(needed, neighbours.shape[1])
-        given = neighbours.shape[1]
-        check(
-            needed <= given <= most,
-            f"expected neighbours of {needed} chunks for {time} tokens at chunk_size {size}, got "
-            f"{given}; give those of every chunk that ends here",
-        )
-        if len(grid.rows) == 0 or neighbours.shape[2] == 0:
-            return None
-        if mask is None:
-            padding = self.config.neighbour_padding
-            mask = torch.ones_like(neighbours) if padding is None else neighbours != padding
-        check(
-            mask.shape == neighbours.shape,
-            f"neighbour_mask must have the shape of neighbours, {tuple(neighbours.shape)}, got "
-            f"{tuple(mask.shape)}",
-        )
-        seen = mask[grid.rows, grid.numbers].bool()
-        chosen = neighbours[grid.rows, grid.numbers].masked_fill(~seen, 0)
-        self._check_tokens(chosen, "neighbours")
-        return chosen, seen
-
-    def _encode(
-        self,
-        x: Tensor,
-        grid: ChunkGrid,
-        found: tuple[Tensor, Tensor] | None,
-        cache: RetroCache | None,
-    ) -> Encoded | None:
-        """Neighbours encoded at the sight of their chunks' states ``x``."""
-        states = x
-        if cache is not None:
-            states = x if cache.tail is None else torch.cat([cache.tail, x], dim=1)
-            # The whole chunk before the next token is m - 1 states at most.
-            cache.tail = states[
-                :, states.shape[1] - min(states.shape[1], self.config.chunk_size - 1) :
-            ]
-        if found is None:
-            check(
-                cache is None or not cache.neighbours or len(grid.rows) == 0,
-                "neighbours must be given for every chunk once they were given for one, got none "
-                f"for {len(grid.rows)} chunks that end here",
-            )
-            return None
-        columns = (grid.columns() + states.shape[1] - x.shape[1]).clamp(min=0)
-        flat = columns + grid.rows[:, None] * states.shape[1]
-        chunks = states.flatten(0, 1).index_select(0, flat.flatten()).unflatten(0, flat.shape)
-        return self.encoder(*found, self.neighbour_table, chunks, grid.own)
 
 
 def _mask(
