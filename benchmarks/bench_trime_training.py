@@ -8,7 +8,8 @@ of tokens of the same articles; only the objective and its order of blocks diffe
     cache              its own past articles and windows, mixed in (Grave et al. 2017)
     local              the window's own past, under one softmax with the vocabulary
     local + long       and the windows before
-    local + long + ext and a datastore of training text
+    local + long + ext and a datastore of training text, under the same softmax
+    local + long, mixed  local and long under one softmax, with the datastore mixed in (eq. 7)
     kNN-LM             the datastore mixed in (on the CE model; Khandelwal et al. 2020)
 
 Temperatures and weights are chosen on development articles, for each model and row. Every finished
@@ -57,8 +58,13 @@ WINDOWS = SlidingWindows(length=LENGTH, stride=LENGTH // 2)
 LONG, NEIGHBOURS = 4096, 1024
 SPREADS = (0.8, 1.2, 1.8)  # temperatures over sqrt(dim)
 LAMS = (0.02, 0.05, 0.1, 0.2, 0.35)
+MIXED_SPREADS, MIXED_LAMS = (0.4, 0.8), (0.05, 0.1, 0.2)
 
-Row = Iterator[tuple[dict[str, float], TokenMemory | None, Merge | None]]
+# What was chosen, memory, merge, and the datastore that is mixed in after it.
+Setting = tuple[
+    dict[str, float], TokenMemory | None, Merge | None, tuple[KnnMemory, Mixture] | None
+]
+Row = Iterator[Setting]
 
 
 def articles(data: Path) -> dict[str, list[Document]]:
@@ -94,7 +100,7 @@ def settings(method: str, seed: int, options: argparse.Namespace) -> TrainConfig
 
 
 def alone() -> Row:
-    yield {}, None, None
+    yield {}, None, None, None
 
 
 def cache(scale: float) -> Row:
@@ -104,23 +110,32 @@ def cache(scale: float) -> Row:
                 {"temperature": spread, "lam": lam},
                 Together(*past(spread * scale)),
                 Mixture(lam=lam),
+                None,
             )
 
 
 def local(scale: float) -> Row:
     for spread in SPREADS:
-        yield {"temperature": spread}, past(spread * scale)[0], Union()
+        yield {"temperature": spread}, past(spread * scale)[0], Union(), None
 
 
 def local_long(scale: float) -> Row:
     for spread in SPREADS:
-        yield {"temperature": spread}, Together(*past(spread * scale)), Union()
+        yield {"temperature": spread}, Together(*past(spread * scale)), Union(), None
 
 
 def external(scale: float, store: Datastore) -> Row:
     for spread in SPREADS:
         memory = KnnMemory(store, k=NEIGHBOURS, temperature=spread * scale, index="exact")
-        yield {"temperature": spread}, Together(*past(spread * scale), memory), Union()
+        yield {"temperature": spread}, Together(*past(spread * scale), memory), Union(), None
+
+
+def mixed_in(scale: float, store: Datastore) -> Row:
+    for spread in MIXED_SPREADS:
+        memory = KnnMemory(store, k=NEIGHBOURS, temperature=spread * scale, index="exact")
+        for lam in MIXED_LAMS:
+            chosen = {"temperature": spread, "lam": lam}
+            yield chosen, Together(*past(scale)), Union(), (memory, Mixture(lam=lam))
 
 
 def knn_lm(model: Any, dev: TokenCorpus, store: Datastore, threads: int) -> Row:
@@ -128,7 +143,7 @@ def knn_lm(model: Any, dev: TokenCorpus, store: Datastore, threads: int) -> Row:
     tuned = tune(model, dev, WINDOWS, memory, ks=[memory.k], threads=threads, progress=False)
     best = tuned.best
     chosen = {"temperature": best.temperature, "lam": best.lam}
-    yield chosen, memory.changed(best.k, best.temperature), tuned.merge
+    yield chosen, memory.changed(best.k, best.temperature), tuned.merge, None
 
 
 def past(temperature: float) -> tuple[LocalMemory, LongMemory]:
@@ -144,23 +159,22 @@ def measure(
 ) -> dict[str, Any]:
     """The best settings of a row on development text, and what they give on test text."""
 
-    def loss(corpus: TokenCorpus, memory: Any, merge: Any):
+    def loss(corpus: TokenCorpus, memory: Any, merge: Any, interpolate: Any):
         return evaluate(
             model,
             corpus,
             WINDOWS,
             memory=memory,
             merge=merge,
+            interpolate=interpolate,
             carry="window",
             threads=threads,
             progress=False,
         )
 
-    tried = [
-        (loss(dev, memory, merge).loss, chosen, memory, merge) for chosen, memory, merge in row
-    ]
-    dev_loss, chosen, memory, merge = min(tried, key=lambda entry: entry[0])
-    result = loss(test, memory, merge)
+    tried = [(loss(dev, *settings).loss, chosen, settings) for chosen, *settings in row]
+    dev_loss, chosen, settings = min(tried, key=lambda entry: entry[0])
+    result = loss(test, *settings)
     interval = result.interval()
     return {
         "chosen": chosen,
@@ -195,6 +209,7 @@ def run(method: str, seed: int, parts: dict[str, Any], options: argparse.Namespa
         "local": lambda: local(scale),
         "local + long": lambda: local_long(scale),
         "local + long + ext": lambda: external(scale, store("ip")),
+        "local + long, mixed": lambda: mixed_in(scale, store("ip")),
     }
     if method == "ce":
         rows["kNN-LM"] = lambda: knn_lm(model, dev, store("l2"), options.threads)
@@ -216,9 +231,10 @@ def report(options: argparse.Namespace) -> dict[str, Any]:
                 continue
             summary = read_json(folder / "training.json")
             training = {name: summary[name] for name in ("tokens", "seconds", "precision")}
-            names = ("alone", "cache", "local", "local+long", "local+long+ext", "kNN-LM")
-            places = {name: folder.with_name(f"{folder.name}-{name}.json") for name in names}
-            rows = {name: read_json(place) for name, place in places.items() if place.exists()}
+            rows = {
+                place.stem.removeprefix(f"{folder.name}-"): read_json(place)
+                for place in sorted(folder.parent.glob(f"{folder.name}-*.json"))
+            }
             found[f"{method}, seed {seed}"] = {**training, "rows": rows}
     return found
 
