@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from memlm.core.errors import MemlmError as MemlmError
+    from memlm.core.merges import Gate as Gate
     from memlm.core.merges import Mixture as Mixture
     from memlm.core.merges import Union as Union
     from memlm.data.documents import Document as Document
@@ -77,6 +78,7 @@ _HOME = {
     "Datastore": "memlm.store.reader",
     "Document": "memlm.data.documents",
     "ExtractionConfig": "memlm.extract.config",
+    "Gate": "memlm.core.merges",
     "IndexConfig": "memlm.index.plan",
     "KnnMemory": "memlm.memory.knn",
     "LocalMemory": "memlm.memory.local",

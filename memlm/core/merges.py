@@ -1,5 +1,6 @@
-"""How a memory joins a model: the settings of the two merges (the maths is in `ops.merge`)."""
+"""How a memory joins a model: the settings of the merges (the maths is in `ops.merge`)."""
 
+import math
 from dataclasses import dataclass
 
 from memlm.core.config import Config, check
@@ -25,9 +26,32 @@ class Mixture(Config):
         check(0 <= self.lam <= 1, f"lam must lie between 0 and 1, got {self.lam}")
 
 
-Merge = Union | Mixture
+@dataclass(frozen=True)
+class Gate(Config):
+    """A mixture whose weight follows how sure the two are, token by token.
+
+    ``lam = sigmoid(slope * (lse_memory - lse_model) + bias)``, with the log of the mass that each
+    claims. ``Gate(1, 0)`` is `Union`, ``Gate(0, log(lam / (1 - lam)))`` is ``Mixture(lam)``; what
+    lies between and beyond is learnt from held-out text (`memlm.evaluation.tune.tune`).
+
+    Attributes:
+        slope: how much the mass counts.
+        bias: log-odds of the memory where both claim the same.
+    """
+
+    slope: float = 1.0
+    bias: float = 0.0
+
+    def __post_init__(self):
+        for name in ("slope", "bias"):
+            value = getattr(self, name)
+            check(math.isfinite(value), f"{name} must be a finite number, got {value}")
+
+
+Merge = Union | Mixture | Gate
 
 
 def merge_from_dict(values: dict) -> Merge:
     """The merge that ``to_dict`` wrote."""
-    return Union.from_dict(values) if values.get("kind") == "Union" else Mixture.from_dict(values)
+    kinds = {"Union": Union, "Gate": Gate}
+    return kinds.get(values.get("kind", ""), Mixture).from_dict(values)

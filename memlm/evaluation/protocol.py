@@ -95,9 +95,13 @@ def saved_words(stats: Mapping[str, Any]) -> str:
 
 
 def merge_words(merge: Mapping[str, Any]) -> str:
-    """``"mixture lam=0.25"`` or ``"union"``; a weight of zero says that the memory is off."""
+    """``"mixture lam=0.25"``, ``"union"``, ``"gate slope=0.9 bias=-1"``.
+
+    A weight of zero says that the memory is off.
+    """
     if "lam" not in merge:
-        return str(merge.get("kind", "merge")).lower()
+        numbers = [f"{name}={merge[name]:g}" for name in ("slope", "bias") if name in merge]
+        return " ".join([str(merge.get("kind", "merge")).lower(), *numbers])
     words = f"{str(merge.get('kind', 'mixture')).lower()} lam={merge['lam']:g}"
     return f"{words} ({OFF})" if merge["lam"] == 0 else words
 

@@ -6,26 +6,29 @@ are the whole vocabulary, its scores the logits. Scoring a known next token y ne
     lse        = logsumexp_j s_j                  (how much mass is claimed)
     target_lse = logsumexp_{j: token_j = y} s_j   (how much of it is on y)
 
-so that ``log p(y) = target_lse - lse``. Two ways to merge:
+so that ``log p(y) = target_lse - lse``. Ways to merge:
 
 * `union` puts all candidates under one softmax (TRIME, Zhong et al. 2022, eq. 4). It is
   associative and commutative with the empty memory (-inf, -inf) as identity, so the result does
   not depend on how candidates are split over windows, shards or devices.
 * `mixture` normalises each first, then interpolates (kNN-LM, Khandelwal et al. 2020, eq. 3):
   ``p = (1 - lam) p_model + lam p_memory``.
+* `gate` is a mixture with ``lam = sigmoid(slope * (lse_memory - lse_model) + bias)``; its slope of
+  1 without bias is the union, its slope of 0 the mixture.
 
-Both exist for known targets (`union`, `mixture`) and for vocabulary rows (`union_logits`,
-`mixture_logits`). Rows are unnormalised log-scores: they sum to one after a softmax.
+All exist for known targets (`union`, `mixture`, `gate`) and for vocabulary rows (`union_logits`,
+`mixture_logits`, `gate_logits`). Rows are unnormalised log-scores: they sum to one after a softmax.
 
 Differs from the papers' code: a row with ``lam = 0`` or without any candidate is the model's own,
 bit for bit (the originals lose the mass lam there), and empty rows carry no NaN gradient.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.core.errors import InputError
-from memlm.core.merges import Merge, Union
+from memlm.core.merges import Gate, Merge, Union
 from memlm.core.types import Candidates, TargetPartial
 from memlm.ops.logsumexp import safe_log, safe_logaddexp, safe_logsumexp
 from memlm.ops.tokens import token_log_scores
@@ -64,13 +67,42 @@ def mixture(lam: float | Tensor, base: TargetPartial, memory: TargetPartial) -> 
     Raises:
         InputError: if the shapes differ.
     """
-    _same_queries(base.lse, memory.lse)
     lam = _weight(lam, base.lse)
-    mixed = (lam > 0) & ~torch.isneginf(memory.lse)
+    return _mixed(lam > 0, safe_log(1 - lam), safe_log(lam), base, memory)
+
+
+def gate(
+    slope: float | Tensor, bias: float | Tensor, base: TargetPartial, memory: TargetPartial
+) -> TargetPartial:
+    """Interpolate with a weight of each query's own, see `memlm.core.merges.Gate`.
+
+    Args:
+        slope: a number, or a scalar tensor to be learnt.
+        bias: alike.
+        base: the model's partial.
+        memory: the memory's partial; queries it has no candidate for keep ``base``.
+
+    Returns:
+        As `mixture`.
+
+    Raises:
+        InputError: if the shapes differ.
+    """
+    _same_queries(base.lse, memory.lse)
+    odds = _log_odds(slope, bias, base.lse, memory.lse)
+    asked = torch.ones_like(odds, dtype=torch.bool)
+    return _mixed(asked, F.logsigmoid(-odds), F.logsigmoid(odds), base, memory)
+
+
+def _mixed(
+    asked: Tensor, log_rest: Tensor, log_lam: Tensor, base: TargetPartial, memory: TargetPartial
+) -> TargetPartial:
+    """The mixture at given logarithms of the weights, ``(queries,)`` each."""
+    _same_queries(base.lse, memory.lse)
+    mixed = asked & ~torch.isneginf(memory.lse)
     memory_lse = torch.where(mixed, memory.lse, torch.zeros_like(memory.lse))
     log_probability = safe_logaddexp(
-        safe_log(1 - lam) + base.target_lse - base.lse,
-        safe_log(lam) + memory.target_lse - memory_lse,
+        log_rest + base.target_lse - base.lse, log_lam + memory.target_lse - memory_lse
     )
     return TargetPartial(
         lse=torch.where(mixed, torch.zeros_like(base.lse), base.lse),
@@ -89,9 +121,7 @@ def union_logits(logits: Tensor, candidates: Candidates) -> Tensor:
         ``(queries, vocab)`` unnormalised log-scores, at least float32; the model's own values
         where the memory proposes nothing.
     """
-    scores = token_log_scores(candidates, logits.shape[-1])
-    dtype = torch.promote_types(logits.dtype, scores.dtype)
-    return safe_logaddexp(logits.to(dtype), scores.to(dtype))
+    return safe_logaddexp(*_rows(logits, candidates))
 
 
 def mixture_logits(lam: float | Tensor, logits: Tensor, candidates: Candidates) -> Tensor:
@@ -108,29 +138,77 @@ def mixture_logits(lam: float | Tensor, logits: Tensor, candidates: Candidates) 
     """
     if isinstance(lam, float | int) and lam == 0:
         return logits
+    logits, scores = _rows(logits, candidates)
+    lam = _weight(lam, logits[:, 0])
+    normaliser = safe_logsumexp(scores)
+    return _mixed_rows(lam > 0, safe_log(1 - lam), safe_log(lam), logits, scores, normaliser)
+
+
+def gate_logits(slope: float, bias: float, logits: Tensor, candidates: Candidates) -> Tensor:
+    """Vocabulary rows of a `gate`, as log-probabilities where the memory speaks.
+
+    Args:
+        slope: see `memlm.core.merges.Gate`.
+        bias: alike.
+        logits: ``(queries, vocab)`` of the model.
+        candidates: of the same queries.
+
+    Returns:
+        As `mixture_logits`.
+    """
+    logits, scores = _rows(logits, candidates)
+    normaliser = safe_logsumexp(scores)
+    odds = _log_odds(slope, bias, torch.logsumexp(logits, -1), normaliser)
+    asked = torch.ones_like(odds, dtype=torch.bool)
+    return _mixed_rows(asked, F.logsigmoid(-odds), F.logsigmoid(odds), logits, scores, normaliser)
+
+
+def _rows(logits: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
+    """Logits and the memory's token scores, in one dtype of at least float32."""
     scores = token_log_scores(candidates, logits.shape[-1])
     dtype = torch.promote_types(logits.dtype, scores.dtype)
-    logits, scores = logits.to(dtype), scores.to(dtype)
-    lam = _weight(lam, logits[:, 0]).unsqueeze(-1)
-    mixed = (lam > 0) & candidates.valid.any(-1, keepdim=True)
-    normaliser = safe_logsumexp(scores).unsqueeze(-1)
-    normaliser = torch.where(mixed, normaliser, torch.zeros_like(normaliser))
+    return logits.to(dtype), scores.to(dtype)
+
+
+def _mixed_rows(
+    asked: Tensor,
+    log_rest: Tensor,
+    log_lam: Tensor,
+    logits: Tensor,
+    scores: Tensor,
+    normaliser: Tensor,
+) -> Tensor:
+    """Rows of the mixture at given logarithms of the weights, ``(queries,)`` each."""
+    mixed = asked & ~torch.isneginf(normaliser)
+    share = torch.where(mixed, log_lam - normaliser, torch.zeros_like(normaliser))
     rows = safe_logaddexp(
-        safe_log(1 - lam) + torch.log_softmax(logits, dim=-1), safe_log(lam) + scores - normaliser
+        log_rest[:, None] + torch.log_softmax(logits, dim=-1), share[:, None] + scores
     )
-    return torch.where(mixed, rows, logits)
+    return torch.where(mixed[:, None], rows, logits)
 
 
 def merge_target(merge: Merge, base: TargetPartial, memory: TargetPartial) -> TargetPartial:
     """Merge a memory into the model's partial as ``merge`` says."""
-    return union(base, memory) if isinstance(merge, Union) else mixture(merge.lam, base, memory)
+    if isinstance(merge, Union):
+        return union(base, memory)
+    if isinstance(merge, Gate):
+        return gate(merge.slope, merge.bias, base, memory)
+    return mixture(merge.lam, base, memory)
 
 
 def merge_logits(merge: Merge, logits: Tensor, candidates: Candidates) -> Tensor:
     """Merge a memory into the model's vocabulary rows as ``merge`` says."""
     if isinstance(merge, Union):
         return union_logits(logits, candidates)
+    if isinstance(merge, Gate):
+        return gate_logits(merge.slope, merge.bias, logits, candidates)
     return mixture_logits(merge.lam, logits, candidates)
+
+
+def _log_odds(slope: float | Tensor, bias: float | Tensor, model: Tensor, memory: Tensor) -> Tensor:
+    """Of the memory, ``(queries,)``; an empty memory counts as the model does, and is not asked."""
+    claimed = torch.where(torch.isneginf(memory), model, memory)
+    return slope * (claimed - model) + bias
 
 
 def _weight(lam: float | Tensor, like: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Laws of the algebra: splits, orders, groupings, identities, duplicates, gradients."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,12 +9,13 @@ from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
 from memlm.core.errors import InputError
-from memlm.core.merges import Mixture, Union, merge_from_dict
+from memlm.core.merges import Gate, Mixture, Union, merge_from_dict
 from memlm.core.types import Candidates, TargetPartial
 from memlm.ops.merge import merge_logits, merge_target, mixture, mixture_logits, union, union_logits
 from memlm.ops.tokens import target_partial, token_log_scores
 
 VOCAB = 7
+MERGES = [Union(), Mixture(0.25), Mixture(1.0), Mixture(0.0), Gate(0.6, -1.0)]
 close = pytest.approx
 
 
@@ -61,7 +64,7 @@ def test_rows_do_not_depend_on_order_or_grouping(seed, order, cut):
     )
 
 
-@pytest.mark.parametrize("merge", [Union(), Mixture(0.25), Mixture(1.0), Mixture(0.0)], ids=str)
+@pytest.mark.parametrize("merge", MERGES, ids=str)
 def test_rows_and_targets_agree_and_sum_to_one(merge):
     candidates, logits = make(seed=3), torch.randn(5, VOCAB, dtype=torch.float64)
     candidates.valid[2] = False
@@ -75,7 +78,7 @@ def test_rows_and_targets_agree_and_sum_to_one(merge):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("merge", [Union(), Mixture(0.7)], ids=str)
+@pytest.mark.parametrize("merge", [Union(), Mixture(0.7), Gate(0.6, -1.0)], ids=str)
 def test_an_empty_memory_is_the_model_bit_for_bit(merge, dtype):
     logits = torch.randn(5, VOCAB, dtype=dtype)
     nothing = make(valid_share=0.0, dtype=dtype)
@@ -126,7 +129,7 @@ def test_dense_rows_equal_a_loop():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("merge", [Union(), Mixture(0.3)], ids=str)
+@pytest.mark.parametrize("merge", [Union(), Mixture(0.3), Gate(0.6, -1.0)], ids=str)
 def test_gradients_are_exact_also_where_all_is_masked(merge, share):
     candidates, targets = make(seed=2, valid_share=share), torch.arange(5)
     candidates.valid[1] = False
@@ -148,6 +151,35 @@ def test_gradients_are_exact_also_where_all_is_masked(merge, share):
     gradcheck(through_targets, (logits, scores))
 
 
+@pytest.mark.parametrize(
+    ("gate", "same"),
+    [(Gate(), Union()), (Gate(0.0, math.log(0.3 / 0.7)), Mixture(0.3))],
+    ids=("union", "mixture"),
+)
+def test_the_ends_of_the_gate(gate, same):
+    candidates, logits = make(seed=4), torch.randn(5, VOCAB, dtype=torch.float64)
+    candidates.valid[3] = False
+    rows = [
+        torch.log_softmax(merge_logits(merge, logits, candidates), -1) for merge in (gate, same)
+    ]
+    torch.testing.assert_close(*rows, rtol=0, atol=1e-10)
+
+
+def test_a_gate_that_is_sure_stays_finite():
+    logits, candidates = torch.randn(5, VOCAB), make(dtype=torch.float32)
+    for bias in (-200.0, 200.0):
+        base = TargetPartial(logits.logsumexp(-1), logits[:, 0])
+        memory = target_partial(candidates, torch.zeros(5, dtype=torch.long))
+        scored = merge_target(Gate(1.0, bias), base, memory)
+        assert bool(torch.isfinite(scored.target_lse - scored.lse).all())
+
+
+@pytest.mark.parametrize("values", [{"slope": math.inf}, {"bias": math.nan}], ids=str)
+def test_a_gate_has_finite_numbers(values):
+    with pytest.raises(InputError, match="must be a finite number"):
+        Gate(**values)
+
+
 def test_shapes_must_agree():
     a, b = (TargetPartial(torch.zeros(n), torch.zeros(n)) for n in (3, 4))
     with pytest.raises(InputError, match=r"must answer the same queries: got \(3,\) and \(4,\)"):
@@ -164,6 +196,6 @@ def test_lam_must_be_a_probability(lam):
         Mixture(lam)
 
 
-@pytest.mark.parametrize("merge", [Union(), Mixture(0.4)], ids=str)
+@pytest.mark.parametrize("merge", [Union(), Mixture(0.4), Gate(2.0, 0.5)], ids=str)
 def test_merges_survive_json(merge):
     assert merge_from_dict(merge.to_dict()) == merge
