@@ -1,24 +1,7 @@
-"""RETRO as a causal language model: loss, logits, and generation that retrieves as it writes.
+"""RETRO as a causal language model: loss, logits, and generation that retrieves as it writes."""
 
-While text is generated, every time a chunk ends its neighbours are looked up, encoded once, and
-read by the tokens up to the next end (Borgeaud et al. 2022, section 2.5). The last token of a
-chunk already reads them, so they matter from the first token of the next chunk on. ``generate``
-is Hugging Face's: sampling, beams, batches and stopping are its own; this file only finds the
-chunks that end in the tokens a step reads, asks the retriever, and hands the neighbours to the
-forward pass.
+from typing import Any
 
-    align="left"    chunks count from a text's first token; a prompt shorter than a chunk
-                    retrieves nothing
-    align="right"   a chunk ends with the prompt's last token, so every prompt retrieves ("left
-                    padding rule" of Wang et al. 2023); its first chunk may be short
-    retrieval_step  tokens between look-ups, each for the latest chunk's worth of tokens (alike)
-
-Cached decoding gives what reading the whole text at every step would.
-"""
-
-from typing import Any, Literal
-
-import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.cache_utils import Cache
@@ -29,12 +12,13 @@ from transformers.utils.generic import can_return_tuple
 from memlm.core.config import check
 from memlm.models.retro.cache import RetroCache
 from memlm.models.retro.config import RetroConfig
-from memlm.models.retro.grid import ChunkGrid, chunk_grid, right_offset
+from memlm.models.retro.generation import RetrievingGeneration
 from memlm.models.retro.model import RetroModel, RetroPreTrainedModel
 from memlm.models.retro.retriever import ChunkRetriever
 
 
-class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
+# transformers looks for its mixin among the direct bases
+class RetroForCausalLM(RetroPreTrainedModel, RetrievingGeneration, GenerationMixin):  # type: ignore
     """A RETRO model with its output layer."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -124,54 +108,18 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             hidden_states=output.hidden_states,
         )
 
-    @torch.no_grad()
-    def generate(  # type: ignore[override]
-        self,
-        inputs: Tensor | None = None,
-        *,
-        retriever: ChunkRetriever | None = None,
-        retrieval_step: int | None = None,
-        align: Literal["left", "right"] = "left",
-        **arguments: Any,
-    ) -> Any:
-        """Generate text, looking up neighbours as chunks end.
-
-        Args:
-            inputs: ``(batch, time)`` prompt; with padding on the left and its ``attention_mask``,
-                prompts of different lengths.
-            retriever: where neighbours come from; None: no retrieval.
-            retrieval_step: tokens between look-ups, at most the chunk size; default the chunk size.
-            align: where chunks begin, see `memlm.models.retro.causal_lm`.
-            arguments: as of any Hugging Face model: ``max_new_tokens``, ``do_sample``,
-                ``num_beams``, ...
-
-        Returns:
-            ``(batch, time)`` tokens, prompt included, or what ``return_dict_in_generate`` asks for.
-
-        Raises:
-            InputError: for an unknown alignment or a step out of range.
-            UnsupportedModelError: for assisted decoding.
-        """
-        check(align in ("left", "right"), f"align must be 'left' or 'right', got {align!r}")
-        prompt = arguments.get("input_ids") if inputs is None else inputs
+    def retrieval_arguments(self, prompt: Tensor | None, **given: Any) -> dict[str, Any]:
+        """What every step of a generation must know."""
+        known = super().retrieval_arguments(prompt, **given)
         config = self.config
-        if align == "right" and isinstance(prompt, Tensor):
-            mask = arguments.get("attention_mask")
-            padding = arguments.get("pad_token_id", self.generation_config.pad_token_id)
-            check(
-                mask is not None or padding is None or not bool((prompt[:, 0] == padding).any()),
-                "padded prompts that are aligned right must come with their attention_mask, got "
-                "none; pass what the tokenizer returns",
-            )
-            whole = torch.ones_like(prompt) if mask is None else mask
-            lengths = whole.sum(1).clamp(min=1)
-            arguments["chunk_offset"] = right_offset(lengths, config.chunk_size, retrieval_step)
-        if config.compatibility == "retro_pytorch" and not config.norm_first and retriever:
+        if (
+            config.compatibility == "retro_pytorch"
+            and not config.norm_first
+            and given.get("retriever")
+        ):
             # There the first neighbours change what earlier tokens were: nothing can be kept.
-            arguments["use_cache"] = False
-        return super().generate(  # type: ignore[misc]
-            inputs, retriever=retriever, retrieval_step=retrieval_step, **arguments
-        )
+            known["use_cache"] = False
+        return known
 
     def prepare_inputs_for_generation(  # type: ignore[override]
         self,
@@ -199,40 +147,15 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
             **{name: others[name] for name in ("use_cache", "logits_to_keep") if name in others},
             **{name: others[name] for name in ("output_hidden_states",) if others.get(name)},
         }
-        if retriever is None:
-            return prepared
-        batch, total = input_ids.shape
-        grid = chunk_grid(
-            batch,
-            total - past,
-            self.config.chunk_size,
-            step=retrieval_step,
-            real=None if attention_mask is None else attention_mask.bool(),
-            offset=chunk_offset,
-            past=past,
-            device=input_ids.device,
+        found = self.retrieved(
+            retriever,
+            input_ids,
+            past_key_values,
+            attention_mask,
+            retrieval_step=retrieval_step,
+            chunk_offset=chunk_offset,
         )
-        if len(grid.rows):
-            tokens, mask = self._retrieve(retriever, chunks_of(input_ids, grid, past), grid)
-            prepared["neighbours"], prepared["neighbour_mask"] = tokens, mask
-        return prepared
-
-    def _retrieve(
-        self, retriever: ChunkRetriever, chunks: list[Tensor], grid: ChunkGrid
-    ) -> tuple[Tensor, Tensor]:
-        """Neighbours of the chunks of a grid, as the forward pass takes them."""
-        tokens, mask = (part.to(grid.rows.device) for part in retriever.retrieve(chunks))
-        check(
-            tokens.dim() == 3 and len(tokens) == len(chunks) and mask.shape == tokens.shape,
-            f"a retriever must give ({len(chunks)}, k, length) tokens and a mask for "
-            f"{len(chunks)} chunks, got {tuple(tokens.shape)} and {tuple(mask.shape)}",
-        )
-        shape = (len(grid.per_row), int(grid.per_row.max()), *tokens.shape[1:])
-        neighbours = tokens.new_zeros(shape)
-        seen = torch.zeros(shape, dtype=torch.bool, device=tokens.device)
-        neighbours[grid.rows, grid.numbers] = tokens
-        seen[grid.rows, grid.numbers] = mask.bool()
-        return neighbours, seen
+        return {**prepared, **found}
 
     def _prepare_cache_for_generation(  # type: ignore[override]
         self, generation_config: Any, model_kwargs: dict[str, Any], *rest: Any, **others: Any
@@ -245,19 +168,6 @@ class RetroForCausalLM(RetroPreTrainedModel, GenerationMixin):
                 f"{generation_config.cache_implementation!r}; leave it out",
             )
             model_kwargs["past_key_values"] = RetroCache()
-
-
-def chunks_of(input_ids: Tensor, grid: ChunkGrid, past: int = 0) -> list[Tensor]:
-    """The tokens of the chunks that end in a grid's columns.
-
-    Args:
-        input_ids: ``(batch, past and new time)``.
-        grid: over the new columns.
-        past: columns before them.
-    """
-    columns = grid.columns() + past
-    rows = input_ids[grid.rows[:, None], columns.clamp(min=0)]
-    return [row[own] for row, own in zip(rows, grid.own, strict=True)]
 
 
 AutoModelForCausalLM.register(RetroConfig, RetroForCausalLM, exist_ok=True)

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.models.retro.cache import RetroCache
-from memlm.models.retro.causal_lm import chunks_of
+from memlm.models.retro.generation import chunks_of
 from memlm.models.retro.grid import chunk_grid, right_offset
 from memlm.models.retro.retriever import ChunkRetriever
 
