@@ -1,9 +1,9 @@
 """Train a RETRO model (Borgeaud et al. 2022) on chunks and their neighbours, on the common loop.
 
-A text is a chunk database with a finished table of neighbours; `memlm.retrieval.dataset` makes
-sequences of it. An epoch reads every sequence once, in an order of its own. With AdamW tables and
-matrices are decayed, vectors (biases, gains of norms, null keys and values) are not: the groups of
-`memlm.training.retro_groups`.
+A text is a chunk database with a finished table of neighbours, or without one: the same model then
+learns without retrieval. `memlm.retrieval.dataset` makes sequences of it. An epoch reads every
+sequence once, in an order of its own. With AdamW tables and matrices are decayed, vectors (biases,
+gains of norms, null keys and values) are not: the groups of `memlm.training.retro_groups`.
 """
 
 from collections.abc import Sequence
@@ -37,12 +37,12 @@ class RetroText(NamedTuple):
 
     Attributes:
         text: its chunks.
-        neighbours: their table.
+        neighbours: their table; None: they have none.
         database: where the neighbours are from; None: the text itself.
     """
 
     text: ChunkDatabase
-    neighbours: NeighbourTable
+    neighbours: NeighbourTable | None = None
     database: ChunkDatabase | None = None
 
     @classmethod
@@ -129,7 +129,7 @@ def train_retro(
     evaluated = None if held_out is None else retro_sequences(held_out, config)
     identity: dict[str, Any] = {
         "text": source.text.fingerprint,
-        "neighbours": source.neighbours.record,
+        "neighbours": source.neighbours and source.neighbours.record,
         "tokenizer_hash": there,
     }
     if model is None:
