@@ -11,8 +11,7 @@ reaches them, and `memlm.models.extend_probe` proves that it did. ``restore_cont
 identical objects back.
 
 Differs from the paper's code: any family with rotary positions or ALiBi, grouped keys, padding on
-either side and batches, and a cache that does not grow. Its top-k tokens from the middle are not
-built.
+either side and batches, and a cache that does not grow.
 """
 
 from collections.abc import Iterator
@@ -29,6 +28,7 @@ from memlm.models.running import EXTENDED
 from memlm.models.taps import body
 from memlm.ops.dense_distance import DenseConfig
 from memlm.ops.lambda_rule import Clamp, LambdaConfig
+from memlm.ops.middle_rule import MiddleConfig
 
 
 def extend_context(
@@ -38,7 +38,7 @@ def extend_context(
     sinks: int = 10,
     distance_limit: int | Literal["window"] | None = "window",
     clamp: Clamp = "causal",
-    middle: Literal["dropped", "kept"] = "dropped",
+    middle: Literal["dropped", "kept"] | MiddleConfig = "dropped",
     triangle_offset: float = 0.0,
 ) -> PreTrainedModel:
     """Let ``model`` read and write texts of any length, in place (LM-Infinite, Han et al. 2024).
@@ -54,9 +54,10 @@ def extend_context(
         clamp: ``"causal"``; ``"original"``: the rule of the paper's code; ``"streaming"``: that of
             StreamingLLM, where the default limit is none. See ``LambdaConfig`` and, for
             ``middle="kept"``, ``DenseConfig``.
-        middle: ``"dropped"``: tokens between sinks and window are not seen; ``"kept"``: they are,
-            at no more than the limit, in time and memory n x n and without a cache: the slower
-            path of the paper's code, for comparison.
+        middle: ``"dropped"``: tokens between sinks and window are not seen; a ``MiddleConfig``:
+            every query sees the few that it selects; ``"kept"``: all are seen, at no more than the
+            limit, in time and memory n x n and without a cache: the slower path of the paper's
+            code, for comparison.
         triangle_offset: weakens the middle that is kept, see `memlm.ops.dense_distance`.
 
     Returns:
@@ -74,9 +75,9 @@ def extend_context(
     if middle == "kept":
         rule = "original" if clamp == "original" else "correct"
         config = DenseConfig(window, sinks, limit, triangle_offset, rule)
-    elif middle != "dropped" or triangle_offset:
+    elif not (middle == "dropped" or isinstance(middle, MiddleConfig)) or triangle_offset:
         raise InputError(
-            "middle must be 'dropped', or 'kept' where a triangle offset is set, got "
+            "middle must be 'dropped', a MiddleConfig, or 'kept' for a triangle offset, got "
             f"{middle!r} and {triangle_offset}; pass middle='kept'"
         )
     if is_extended(model):
@@ -86,15 +87,37 @@ def extend_context(
     inner = body(model)
     layers = attention_layers(inner)
     check_family(model, inner, layers)
-    check_window(model, layers, window if middle == "dropped" else None)
+    check_window(model, layers, None if middle == "kept" else window)
+    selected = _selected(middle, window, len(layers))
     probe = look(model, inner, uniform_window(model), model.config.model_type in FAMILIES)
-    extension = Extension(model, inner, config)
+    extension = Extension(model, inner, config, selected)
     try:
         extension.prove(probe)
     except BaseException:
         extension.undo()
         raise
     return model
+
+
+def _selected(middle: str | MiddleConfig, window: int, layers: int) -> MiddleConfig | None:
+    """What selects middle tokens, if anything does.
+
+    Raises:
+        InputError: if it does so in no layer, or in blocks larger than the window.
+    """
+    if not isinstance(middle, MiddleConfig) or middle.k == 0:
+        return None
+    if middle.block > window:
+        raise InputError(
+            f"blocks of middle tokens must not exceed the window of {window}, got {middle.block}; "
+            "set a smaller block"
+        )
+    if not middle.layers(layers):
+        raise InputError(
+            f"middle tokens must be seen in some of the {layers} layers, but their first_layer is "
+            f"{middle.first_layer}; set a lower one"
+        )
+    return middle
 
 
 def restore_context(model: PreTrainedModel) -> PreTrainedModel:

@@ -21,6 +21,7 @@ import copy
 import inspect
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,9 +34,12 @@ from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.models import extend_probe
 from memlm.models.adapters import ADAPTERS, adapt, give_back
 from memlm.models.extend_families import FAMILIES, has_rotation, own_window, takes_layer_type
+from memlm.models.middle_cache import MiddleLayer
+from memlm.models.middle_store import MiddleStore
 from memlm.models.running import EXTENDED
 from memlm.models.window_cache import WindowLayer
 from memlm.ops.dense_distance import DenseConfig, dense_attention
+from memlm.ops.middle_rule import MiddleConfig
 from memlm.ops.window_attention import Keys, LambdaConfig, Rotate, first_keys, window_attention
 
 _NAME = "memlm_window"
@@ -47,14 +51,22 @@ class Extension:
 
     Attributes:
         config: what layers see: Lambda attention, or everything at limited distances.
+        middle: which middle tokens they see besides; None: none.
         layers: the attention modules, in order.
         reached: numbers of the layers in the order in which they attended; only for the probe.
+        watch: called with every layer's queries and keys as they attend:
+            ``watch(layer, query, keys, how)``; None: nobody looks.
     """
 
     def __init__(
-        self, model: PreTrainedModel, inner: nn.Module, config: LambdaConfig | DenseConfig
+        self,
+        model: PreTrainedModel,
+        inner: nn.Module,
+        config: LambdaConfig | DenseConfig,
+        middle: MiddleConfig | None = None,
     ):
         self.model, self.inner, self.config = model, inner, config
+        self.middle = middle
         _own_config(model)
         self.family: str = model.config.model_type
         self.implementation: Any = model.config._attn_implementation
@@ -63,6 +75,7 @@ class Extension:
         self.positions: Tensor | None = None
         self.cache: Cache | None = None
         self.reached: list[int] | None = None
+        self.watch: Callable[[nn.Module, Tensor, Keys, dict[str, Any]], None] | None = None
         self.adapters = adapt(inner, self.family) if self.family in ADAPTERS else []
         self.layers = attention_layers(inner)
         windows = {own_window(layer) for layer in self.layers}
@@ -100,6 +113,7 @@ class Extension:
             UnsupportedModelError: if a test fails.
         """
         config, self.reached = self.config, []
+        middle, self.middle = self.middle, None
         self.config = LambdaConfig(window=probe.tokens.shape[1], sinks=0)
         try:
             states = extend_probe.run(self.model, self.inner, probe.tokens)
@@ -117,7 +131,7 @@ class Extension:
                 f"ones does, but a trial failed ({error}); use a model of another family"
             ) from error
         finally:
-            self.config, self.reached = config, None
+            self.config, self.middle, self.reached = config, middle, None
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the body runs: positions of the tokens, and a cache of the right kind."""
@@ -153,7 +167,8 @@ class Extension:
 
     def new_layers(self) -> list[Any]:
         """Empty cache layers, one for every layer of the model."""
-        return [WindowLayer(self.seen_by(layer)) for layer in self.layers]
+        each = [(self.seen_by(layer), self.middle_of(layer)) for layer in self.layers]
+        return [MiddleLayer(seen, middle) if middle else WindowLayer(seen) for seen, middle in each]
 
     def seen_by(self, layer: nn.Module) -> LambdaConfig:
         """What one layer sees."""
@@ -163,15 +178,21 @@ class Extension:
             return LambdaConfig(window=min(own, config.window), sinks=0)
         return config
 
+    def middle_of(self, layer: nn.Module) -> MiddleConfig | None:
+        """Which middle tokens one layer sees."""
+        if self.middle is None or (self.mixed and own_window(layer) is not None):
+            return None
+        return self.middle if layer.layer_idx in self.middle.layers(len(self.layers)) else None
+
     def adopt(self, cache: Cache) -> None:
         """Turn an empty growing cache into one of constant size; check any other."""
         layers = getattr(cache, "layers", None)
         if layers and all(isinstance(layer, WindowLayer) for layer in layers):
-            theirs = [layer.config for layer in layers]
-            ours = [self.seen_by(layer) for layer in self.layers]
+            theirs = [(layer.config, getattr(layer, "middle", None)) for layer in layers]
+            ours = [(self.seen_by(layer), self.middle_of(layer)) for layer in self.layers]
             if theirs != ours:
                 raise InputError(
-                    f"the cache must come from this model's settings {self.config}, got one of "
+                    f"the cache must come from this model's settings {ours[-1]}, got one of "
                     f"{theirs[-1]}; start with a new cache"
                 )
             return
@@ -231,6 +252,8 @@ class Extension:
         index: int = layer.layer_idx  # type: ignore[assignment]
         if self.reached is not None:
             self.reached.append(index)
+        if self.watch is not None:
+            self.watch(layer, query, Keys(key, value, positions), how)
         if isinstance(self.config, DenseConfig):
             keys = Keys(key, value, positions)
             return dense_attention(query, positions, keys, self.config, **how)
@@ -239,6 +262,10 @@ class Extension:
         if self.cache is not None:
             layers: Any = self.cache.layers
             return layers[index].attend(query, keys, **how)
+        middle = self.middle_of(layer)
+        if middle is not None:
+            store = MiddleStore(replace(middle, offload=False), config)
+            how["other"] = store.attend(query, keys, **how)
         sinks = first_keys(keys, config.sinks)
         return window_attention(query, positions, keys, sinks, config, **how)
 

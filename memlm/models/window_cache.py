@@ -207,7 +207,7 @@ class WindowLayer(CacheLayerMixin):
         columns = torch.where(columns < 0, unread, columns)
         index = columns[:, None, :, None]
         self.keys, self.values = (
-            _scattered(held, index.expand(-1, part.shape[1], -1, part.shape[3]), part)
+            scattered(held, index.expand(-1, part.shape[1], -1, part.shape[3]), part)
             for held, part in ((self.keys, new.key), (self.values, new.value))
         )
         self.positions.scatter_(1, columns, new.positions.masked_fill(columns == unread, -1))
@@ -220,7 +220,8 @@ class WindowLayer(CacheLayerMixin):
             )
 
 
-def _scattered(held: Tensor, index: Tensor, part: Tensor) -> Tensor:
+def scattered(held: Tensor, index: Tensor, part: Tensor) -> Tensor:
+    """``part`` put into columns of ``held``: in place, unless a gradient has to pass."""
     if torch.is_grad_enabled() and (held.requires_grad or part.requires_grad):
         return held.scatter(2, index, part)
     return held.scatter_(2, index, part.to(held.dtype))
