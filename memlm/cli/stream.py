@@ -1,11 +1,21 @@
 """``memlm stream``: perplexity of a model over a text without end, at constant memory."""
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import ModelOptions, show
+from memlm.cli.options import ModelOptions, show, write_result
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from memlm.evaluation.streaming import StreamPoint
+
+_HEAD = (
+    f"{'tokens':>14}  {'perplexity':>10}  {'recent':>8}  {'ms/token':>8}  {'cache MB':>8}"
+    f"  {'peak MB':>8}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +46,10 @@ class Stream(ModelOptions):
     """Cut a text file into documents at this string."""
     out: str | None = None
     """Folder for log.jsonl and the state to go on from."""
+    save: str | None = None
+    """At the end, write all reports of the run with its settings to this JSON file."""
+    plot: str | None = None
+    """At the end, draw the run into this file."""
     json: bool = False
     """Print every report as one line of JSON."""
 
@@ -44,12 +58,9 @@ class Stream(ModelOptions):
         import json
         import sys
         from dataclasses import asdict
-        from itertools import pairwise
 
         from memlm.core.threads import torch_threads
-        from memlm.data.documents import read_documents
-        from memlm.data.tokens import tokenize
-        from memlm.evaluation.streaming import shuffled_epochs, stream_perplexity
+        from memlm.evaluation.streaming import plot_points, read_points
         from memlm.models.extend import extend_context
         from memlm.models.trained_length import trained_length
 
@@ -57,30 +68,16 @@ class Stream(ModelOptions):
         window = self.window or trained_length(model)
         clamp = "streaming" if self.positions == "streaming" else "causal"
         extend_context(model, window=window, sinks=self.sinks, clamp=clamp)
-        documents = read_documents(self.text, text_field=self.field, separator=self.separator)
-        corpus = tokenize(documents, tokenizer, begin=False)
-        cuts = corpus.offsets.tolist()
-        texts = [corpus.tokens[a:b].tolist() for a, b in pairwise(cuts)]
-        begin: Any = tokenizer.bos_token_id
-        points = stream_perplexity(
-            model,
-            shuffled_epochs(texts, self.seed, begin_token=begin),
-            until=self.tokens,
-            chunk=self.chunk,
-            every=self.every,
-            out=self.out,
-            progress=not self.json,
+        protocol = (
+            f"window {window}, {self.sinks} sinks ({self.positions}); every token but the first "
+            "is scored; natural log"
         )
         if not self.json:
-            show(
-                {},
-                f"window {window}, {self.sinks} sinks ({self.positions}); every token but the "
-                f"first is scored; natural log\n{'tokens':>14}  {'perplexity':>10}  {'recent':>8}"
-                f"  {'ms/token':>8}  {'cache MB':>8}  {'peak MB':>8}",
-                as_json=False,
-            )
+            show({}, f"{protocol}\n{_HEAD}", as_json=False)
+        points = []
         with torch_threads(self.threads):
-            for point in points:
+            for point in self._points(model, tokenizer):
+                points.append(point)
                 if self.json:
                     sys.stdout.write(json.dumps(asdict(point)) + "\n")
                     sys.stdout.flush()
@@ -92,4 +89,32 @@ class Stream(ModelOptions):
                     f"{point.cache_bytes / 1e6:>8.1f}  {point.process_bytes / 1e6:>8.0f}",
                     as_json=False,
                 )
+        if self.out is not None:
+            points = read_points(self.out)
+        told = {"protocol": protocol, "chunk": self.chunk, "threads": self.threads}
+        write_result(self.save, {**told, "points": [asdict(point) for point in points]})
+        if self.plot is not None:
+            plot_points(points, self.plot)
         return 0
+
+    def _points(self, model: Any, tokenizer: Any) -> "Iterator[StreamPoint]":
+        """The run itself."""
+        from itertools import pairwise
+
+        from memlm.data.documents import read_documents
+        from memlm.data.tokens import tokenize
+        from memlm.evaluation.streaming import shuffled_epochs, stream_perplexity
+
+        documents = read_documents(self.text, text_field=self.field, separator=self.separator)
+        corpus = tokenize(documents, tokenizer, begin=False)
+        texts = [corpus.tokens[a:b].tolist() for a, b in pairwise(corpus.offsets.tolist())]
+        return stream_perplexity(
+            model,
+            shuffled_epochs(texts, self.seed, begin_token=tokenizer.bos_token_id),
+            until=self.tokens,
+            chunk=self.chunk,
+            every=self.every,
+            out=self.out,
+            text=f"{corpus.hash}, seed {self.seed}",
+            progress=not self.json,
+        )

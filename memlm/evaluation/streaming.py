@@ -29,6 +29,7 @@ from memlm.core.config import check
 from memlm.core.errors import FingerprintError, UnsupportedModelError
 from memlm.core.files import read_json, write_atomic, write_json
 from memlm.core.progress import bar
+from memlm.evaluation.figures import panels
 from memlm.evaluation.reader import Reader
 from memlm.models.extend import is_extended
 from memlm.models.fingerprint import model_hash
@@ -121,6 +122,7 @@ def stream_perplexity(
     chunk: int = CHUNK,
     every: int = EVERY,
     out: Path | str | None = None,
+    text: str | None = None,
     progress: bool = True,
 ) -> Iterator[StreamPoint]:
     """Read a stream and score it, a point after every stretch of tokens and one at the end.
@@ -133,6 +135,7 @@ def stream_perplexity(
         chunk: tokens that the model reads at once; 1 is token by token. It changes the speed only.
         every: tokens between points.
         out: folder for ``log.jsonl`` and the state to go on from; None: nothing is written.
+        text: fingerprint of the stream, kept in ``out``, so that a run does not go on with another.
         progress: show a bar.
 
     Yields:
@@ -140,7 +143,7 @@ def stream_perplexity(
 
     Raises:
         UnsupportedModelError: if the model is not extended: its cache would grow without end.
-        FingerprintError: if ``out`` holds a run of another model or with other settings.
+        FingerprintError: if ``out`` holds a run of another model or text, or with other settings.
     """
     check(chunk >= 1 and every >= 1, f"chunk and every must be at least 1, got {chunk}, {every}")
     if not is_extended(model):
@@ -148,7 +151,7 @@ def stream_perplexity(
             "a stream without end needs a model whose cache does not grow, got one that is not "
             "extended; call extend_context(model, window=...) first"
         )
-    run = _Run(model, None if out is None else Path(out))
+    run = _Run(model, None if out is None else Path(out), text)
     source = iter(tokens)
     next(islice(source, run.tokens, run.tokens), None)
     with bar(until, label="stream", unit="token", initial=run.tokens, quiet=not progress) as shown:
@@ -170,11 +173,50 @@ def stream_perplexity(
             yield point
 
 
+def read_points(out: Path | str) -> list[StreamPoint]:
+    """The points of a run so far, whoever made them.
+
+    Raises:
+        InputError: if the folder holds no run.
+    """
+    log = Path(out) / "log.jsonl"
+    check(log.exists(), f"{out} must be the folder of a stream, but it has no log.jsonl")
+    lines = log.read_text("utf-8").splitlines(keepends=True)
+    return [StreamPoint(**json.loads(line)) for line in lines if line.endswith("\n")]
+
+
+def plot_points(points: Sequence[StreamPoint], path: Path | str) -> None:
+    """Perplexity, time per token and memory along a stream, as an image.
+
+    Args:
+        points: of one run, in order.
+        path: of the image; its ending is the format.
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    figure, (loss, pace, memory) = panels(3)
+    tokens = [point.tokens for point in points]
+    loss.plot(tokens, [point.perplexity for point in points], label="all so far")
+    loss.plot(tokens, [point.recent_perplexity for point in points], label="this stretch", lw=0.7)
+    loss.set(title="perplexity", yscale="log")
+    loss.legend()
+    pace.plot(tokens, [point.milliseconds_per_token for point in points])
+    pace.set(title="milliseconds per token", ylim=(0, None))
+    memory.plot(tokens, [point.cache_bytes / 1e6 for point in points], label="cache")
+    memory.plot(tokens, [point.process_bytes / 1e6 for point in points], label="process, at most")
+    memory.set(title="megabytes", yscale="log")
+    memory.legend()
+    for axis in (loss, pace, memory):
+        axis.set_xlabel("tokens")
+    figure.savefig(path)
+
+
 class _Run:
     """The sums of a stream, and where they are kept."""
 
-    def __init__(self, model: PreTrainedModel, out: Path | None):
-        self.reader, self.out = Reader(model), out
+    def __init__(self, model: PreTrainedModel, out: Path | None, text: str | None):
+        self.reader, self.out, self.text = Reader(model), out, text
         self.model, self.hash = model, model_hash(model) if out is not None else ""
         self.tokens = self.scored = 0
         self.total = 0.0
@@ -225,13 +267,13 @@ class _Run:
         )
 
     def _resume(self, out: Path) -> None:
-        settings = {"model": self.hash, "window": self._window()}
+        settings = {"model": self.hash, "window": self._window(), "text": self.text}
         about, state = out / "stream.json", out / "state.safetensors"
         if not about.exists():
             write_json(about, settings)
         elif (kept := read_json(about)) != settings:
             raise FingerprintError(
-                f"{out} must hold a run of this model with these settings ({settings}), got one of "
+                f"{out} must hold a run of this model and text ({settings}), got one of "
                 f"{kept}; give another folder"
             )
         if state.exists():

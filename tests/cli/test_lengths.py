@@ -57,6 +57,13 @@ def test_a_stream_goes_on_where_it_stopped(place, capsys):
     assert run(*command, "--tokens", 600, "--json") == 0
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line)["tokens"] == 600
+    kept = ("--save", place / "stream.json", "--plot", place / "stream.svg")
+    assert run(*command, "--tokens", 600, *kept) == 0
+    whole = json.loads((place / "stream.json").read_text())
+    assert [point["tokens"] for point in whole["points"]] == [200, 400, 600]
+    assert (place / "stream.svg").stat().st_size > 1000
+    assert run(*command, "--tokens", 700, "--seed", 1) == 2
+    assert "a run of this model and text" in capsys.readouterr().err
     log = (place / "stream" / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["tokens"] for line in log] == [200, 400, 600]
     assert run(*command, "--tokens", 700, "--positions", "streaming") == 2

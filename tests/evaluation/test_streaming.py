@@ -99,7 +99,7 @@ def test_wrong_use_is_refused(llama, tmp_path):
     with pytest.raises(UnsupportedModelError, match="does not grow"):
         next(stream_perplexity(llama, stream(50)))
     extend_context(llama, window=8)
-    with pytest.raises(FingerprintError, match="a run of this model with these settings"):
+    with pytest.raises(FingerprintError, match="a run of this model and text"):
         next(stream_perplexity(llama, stream(50), out=tmp_path))
     with pytest.raises(InputError, match="at least 1 token"):
         next(cut_chunks([1], 0))
