@@ -14,6 +14,7 @@ import tyro
 from memlm.cli.build import Build
 from memlm.cli.cluster import Cluster
 from memlm.cli.demo import Demo
+from memlm.cli.diagnose import Diagnose
 from memlm.cli.doctor import Doctor
 from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
@@ -41,6 +42,7 @@ _VERBS: dict[str, Any] = {
     "generate": Generate,
     "passkey": Passkey,
     "positions": Positions,
+    "diagnose": Diagnose,
     "delete": Delete,
     "compact": Compact,
     "prune": Prune,

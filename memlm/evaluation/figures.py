@@ -5,8 +5,8 @@ from typing import Any
 from memlm.core.errors import MissingExtraError
 
 
-def panels(count: int) -> tuple[Any, Any]:
-    """A figure and its panels beside each other.
+def panels(count: int, *, rows: int = 1) -> tuple[Any, Any]:
+    """A figure and its panels, beside each other or in several rows.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -17,5 +17,9 @@ def panels(count: int) -> tuple[Any, Any]:
         raise MissingExtraError(
             "plots need matplotlib, which is not installed; run pip install 'memlm[plot]'"
         ) from error
-    figure = Figure(figsize=(5 * count, 4), layout="constrained")
-    return figure, figure.subplots(1, count, squeeze=False)[0]
+    columns = -(-count // rows)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for unused in axes[count:]:
+        unused.set_axis_off()
+    return figure, axes[:count]

@@ -33,6 +33,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.models import extend_probe
 from memlm.models.adapters import ADAPTERS, adapt, give_back
+from memlm.models.extend_chunks import CHUNK, ChunkedReading
 from memlm.models.extend_families import FAMILIES, has_rotation, own_window, takes_layer_type
 from memlm.models.middle_cache import MiddleLayer
 from memlm.models.middle_store import MiddleStore
@@ -40,7 +41,14 @@ from memlm.models.running import EXTENDED
 from memlm.models.window_cache import WindowLayer
 from memlm.ops.dense_distance import DenseConfig, dense_attention
 from memlm.ops.middle_rule import MiddleConfig
-from memlm.ops.window_attention import Keys, LambdaConfig, Rotate, first_keys, window_attention
+from memlm.ops.window_attention import (
+    Impl,
+    Keys,
+    LambdaConfig,
+    Rotate,
+    sink_keys,
+    window_attention,
+)
 
 _NAME = "memlm_window"
 _ADAPTED = "memlm_window_adapted"
@@ -52,8 +60,8 @@ class Extension:
     Attributes:
         config: what layers see: Lambda attention, or everything at limited distances.
         middle: which middle tokens they see besides; None: none.
+        impl: of `memlm.ops.window_attention.window_attention`, for more than one token.
         layers: the attention modules, in order.
-        reached: numbers of the layers in the order in which they attended; only for the probe.
         watch: called with every layer's queries and keys as they attend:
             ``watch(layer, query, keys, how)``; None: nobody looks.
     """
@@ -64,9 +72,11 @@ class Extension:
         inner: nn.Module,
         config: LambdaConfig | DenseConfig,
         middle: MiddleConfig | None = None,
+        chunk: int = CHUNK,
+        impl: Impl = "auto",
     ):
         self.model, self.inner, self.config = model, inner, config
-        self.middle = middle
+        self.middle, self.impl = middle, impl
         _own_config(model)
         self.family: str = model.config.model_type
         self.implementation: Any = model.config._attn_implementation
@@ -74,17 +84,24 @@ class Extension:
         self.arguments = list(inspect.signature(inner.forward).parameters)
         self.positions: Tensor | None = None
         self.cache: Cache | None = None
-        self.reached: list[int] | None = None
         self.watch: Callable[[nn.Module, Tensor, Keys, dict[str, Any]], None] | None = None
         self.adapters = adapt(inner, self.family) if self.family in ADAPTERS else []
         self.layers = attention_layers(inner)
         windows = {own_window(layer) for layer in self.layers}
         self.mixed = None in windows and len(windows) > 1
+        self._by_kind = self.rotary is not None and takes_layer_type(self.rotary)
+        homes = {type(getattr(layer, "real", layer)).__module__ for layer in self.layers}
+        self._applied = {
+            home: getattr(sys.modules[home], "apply_rotary_pos_emb", None) for home in homes
+        }
         for module in (inner, *self.layers):
             object.__setattr__(module, EXTENDED, self)
         self.handles = [
             inner.register_forward_pre_hook(self.begin, with_kwargs=True),
             inner.register_forward_hook(self.end, always_call=True),
+            model.register_forward_pre_hook(
+                ChunkedReading(self, max(chunk, config.window)).begin, with_kwargs=True
+            ),
         ]
         if self.adapters:
             # ``set_attn_implementation`` would only warn; here it is masks that it selects
@@ -112,12 +129,13 @@ class Extension:
         Raises:
             UnsupportedModelError: if a test fails.
         """
-        config, self.reached = self.config, []
-        middle, self.middle = self.middle, None
+        config, middle, reached = self.config, self.middle, []
+        self.middle, self.watch = None, lambda layer, *_: reached.append(layer.layer_idx)
+        impl, self.impl = self.impl, "auto"
         self.config = LambdaConfig(window=probe.tokens.shape[1], sinks=0)
         try:
             states = extend_probe.run(self.model, self.inner, probe.tokens)
-            extend_probe.check_reached(self.model, self.reached)
+            extend_probe.check_reached(self.model, reached)
             extend_probe.check_agreement(self.model, probe, states)
             self.config = extend_probe.TRUNCATION
             extend_probe.check_truncation(self.model, self.inner, probe)
@@ -131,7 +149,7 @@ class Extension:
                 f"ones does, but a trial failed ({error}); use a model of another family"
             ) from error
         finally:
-            self.config, self.middle, self.reached = config, middle, None
+            self.config, self.middle, self.watch, self.impl = config, middle, None, impl
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Before the body runs: positions of the tokens, and a cache of the right kind."""
@@ -151,9 +169,9 @@ class Extension:
             self.adopt(cache)
         elif use_cache:
             cache = Cache(layers=self.new_layers())
-        past = 0 if cache is None else int(cache.get_seq_length())
-        self.positions = _positions(tokens, given.get("attention_mask"), past, cache)
-        _check_positions(given.get("position_ids"), self.positions)
+        self.positions = _positions(tokens, given.get("attention_mask"), cache)
+        if not torch.compiler.is_compiling():
+            _check_positions(given.get("position_ids"), self.positions)
         self.cache = cache
         if self.adapters:
             # these bodies build ALiBi for as many tokens as the mask has; adapters do not use it
@@ -204,12 +222,20 @@ class Extension:
             )
         layers[:] = self.new_layers()  # type: ignore[index]
 
+    @property
+    def is_piecewise(self) -> bool:
+        """Whether a text read in pieces gives what it gives as a whole."""
+        if isinstance(self.config, DenseConfig) or self.watch is not None:
+            return False
+        last = self.middle is not None and self.middle.rule == "last"
+        return self.config.clamp != "original" and not last
+
     def rotation(self, layer: nn.Module) -> Rotate:
         """The model's own rotation of ``(batch, heads, time, dim)`` in one of its layers."""
         # an adapter's function is found beside the module that it replaces
         home = type(getattr(layer, "real", layer)).__module__
-        apply: Callable[..., Any] = sys.modules[home].apply_rotary_pos_emb
-        kind = (layer.layer_type,) if takes_layer_type(self.rotary) else ()
+        apply: Callable[..., Any] = self._applied[home]
+        kind = (layer.layer_type,) if self._by_kind else ()
 
         def turn(x: Tensor, positions: Tensor) -> Tensor:
             cos, sin = self.rotary(x, positions, *kind)
@@ -250,24 +276,21 @@ class Extension:
             )
         positions: Tensor = self.positions  # type: ignore[assignment]
         index: int = layer.layer_idx  # type: ignore[assignment]
-        if self.reached is not None:
-            self.reached.append(index)
+        keys = Keys(key, value, positions)
         if self.watch is not None:
-            self.watch(layer, query, Keys(key, value, positions), how)
+            self.watch(layer, query, keys, how)
         if isinstance(self.config, DenseConfig):
-            keys = Keys(key, value, positions)
             return dense_attention(query, positions, keys, self.config, **how)
         config = self.seen_by(layer)
-        keys = Keys(key, value, positions)
         if self.cache is not None:
             layers: Any = self.cache.layers
-            return layers[index].attend(query, keys, **how)
+            return layers[index].attend(query, keys, impl=self.impl, **how)
         middle = self.middle_of(layer)
         if middle is not None:
             store = MiddleStore(replace(middle, offload=False), config)
             how["other"] = store.attend(query, keys, **how)
-        sinks = first_keys(keys, config.sinks)
-        return window_attention(query, positions, keys, sinks, config, **how)
+        sinks = sink_keys(keys, config)
+        return window_attention(query, positions, keys, sinks, config, impl=self.impl, **how)
 
 
 class _StillRotary(nn.Module):
@@ -358,24 +381,27 @@ AttentionMaskInterface.register(_NAME, _no_mask)
 AttentionMaskInterface.register(_ADAPTED, _empty_mask)
 
 
-def _positions(tokens: Tensor, mask: Tensor | None, past: int, cache: Cache | None) -> Tensor:
+def _positions(tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:
     """``(rows, new)``: how many real tokens came before, -1 for padding."""
     rows, new = tokens.shape[:2]
     if mask is None:
         count = torch.arange(new, device=tokens.device).expand(rows, -1)
-        if cache is None or not past:
+        layer: Any = cache.layers[0] if cache is not None else None
+        if layer is None or not layer.is_initialized:
             return count
-        kept: Tensor = cache.layers[0].positions  # type: ignore[attr-defined]
-        return count + kept.amax(-1, keepdim=True) + 1
-    if not isinstance(mask, Tensor) or mask.shape != (rows, past + new):
+        return count + layer.positions.amax(-1, keepdim=True) + 1
+    compiling = torch.compiler.is_compiling()
+    past = 0 if cache is None or compiling else int(cache.get_seq_length())
+    total = mask.shape[-1] if compiling else past + new
+    if not isinstance(mask, Tensor) or mask.shape != (rows, total):
         shape = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
         raise InputError(
             "attention_mask must be (rows, tokens so far) with 1 for tokens and 0 for padding, "
-            f"here {(rows, past + new)}, got {shape}; packed and four-dimensional masks do not "
+            f"here {(rows, total)}, got {shape}; packed and four-dimensional masks do not "
             "work with an extended model"
         )
     real = mask.to(device=tokens.device, dtype=torch.bool)
-    return torch.where(real, real.long().cumsum(-1) - 1, -1)[:, past:]
+    return torch.where(real, real.long().cumsum(-1) - 1, -1)[:, -new:]
 
 
 def _check_positions(position_ids: Tensor | None, positions: Tensor) -> None:
