@@ -18,6 +18,7 @@ from memlm.evaluation.protocol import memory_line, protocol_line
 from memlm.evaluation.result import Evaluation
 from memlm.evaluation.tune import Tuning
 
+_SETTINGS = ("lam", "slope", "bias", "temperature", "k", "size", "flat")
 _COLUMNS = ("", "perplexity", "95% interval", "against first", "bits/byte", "per word", "tok/s")
 
 
@@ -95,13 +96,12 @@ def tuning_report(tuning: Tuning, best: int = 10) -> Group:
     """
     check(best >= 1, f"best must be at least 1 setting, got {best}")
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in ("lam", "temperature", "k", "perplexity", "against model alone"):
-        table.add_column(name, justify="right")
+    used = [name for name in _SETTINGS if any(getattr(trial, name) for trial in tuning.trials)]
+    for name in (*used, "perplexity", "against model alone"):
+        table.add_column("interpolated" if name == "flat" else name, justify="right")
     for trial in sorted(tuning.trials, key=lambda trial: trial.perplexity)[:best]:
         table.add_row(
-            f"{trial.lam:g}",
-            f"{trial.temperature:g}",
-            f"{trial.k:,}",
+            *(_setting(getattr(trial, name)) for name in used),
             _number(trial.perplexity),
             f"x{trial.perplexity / tuning.base_perplexity:.4f}",
         )
@@ -127,6 +127,14 @@ def _against(evaluation: Evaluation, first: Evaluation) -> str:
     if compared.low is None or compared.high is None:
         return f"x{compared.ratio:.3f}"
     return f"x{compared.ratio:.3f} ({compared.low:.3f}-{compared.high:.3f})"
+
+
+def _setting(value: float | tuple[float, float] | None) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, tuple):
+        return f"{value[0]:g} at {value[1]:g}"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
 
 
 def _number(value: float | None, digits: int = 2) -> str:

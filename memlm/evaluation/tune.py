@@ -1,16 +1,19 @@
 """Tuning a memory: one pass over the text, then the whole grid in seconds.
 
-The weight lam, the temperature T and the number of neighbours k of a kNN-LM depend on the model (T
-divides *squared* distances, whose size grows with the width of the keys) and on how close the
-datastore is to the text. None of the three changes which neighbours are nearest. So one pass keeps,
-for every scored token, the model's partial (lse, target_lse), the neighbours' scores s_1 ... s_K at
-temperature 1, nearest first, and one bit each: does the neighbour propose the token that came?
+Weight, temperature, memory size and number of neighbours depend on the model (a temperature divides
+squared distances or dot products, whose size grows with the width of the keys) and on how close the
+memory is to the text. None of them changes the hidden states. So one pass keeps a few numbers for
+every scored token (`memlm.evaluation.statistics`), and then
 
-    log p_memory(y; T, k) = logsumexp_{j <= k, match_j} s_j / T  -  logsumexp_{j <= k} s_j / T
-    p(y; lam, T, k)       = (1 - lam) p_model(y) + lam p_memory(y; T, k)      (kNN-LM, eq. 3)
+    p(y)  from  merge( model, union( past(y; size, T), neighbours(y; k, T) ) )
 
-Then hundreds of settings cost a few sums each: no model, no search. The kept neighbours take
-5 bytes each (a float32 and a bool).
+costs a few sums for each setting: no model, no search. The merges are
+
+    mixture   (1 - lam) p_model + lam p_memory                     for every lam    (kNN-LM, eq. 3)
+    union     one softmax over all                                                   (TRIME, eq. 4)
+    gate      a weight that follows the mass the two claim; its two numbers are learnt by gradient
+
+and on top of each the neighbours may be mixed in once more, flatter (TRIME, eq. 7).
 
 The best setting is chosen *on this text* and is therefore optimistic here: tune on development
 text, report on other text. A best value at the edge of the grid is named, because a better one may
@@ -18,9 +21,9 @@ lie beyond it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -30,13 +33,12 @@ from transformers import PreTrainedModel
 from memlm.core.config import Config, check
 from memlm.core.errors import InputError
 from memlm.core.files import read_json, write_json
-from memlm.core.merges import Mixture
-from memlm.core.progress import bar
+from memlm.core.merges import Merge, Mixture, Union
 from memlm.core.threads import torch_threads
 from memlm.core.types import TargetPartial, TokenMemory
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import Windows
-from memlm.evaluation.passes import Pass, Stopwatch, log_probabilities, plan_pass
+from memlm.evaluation.passes import Pass, Stopwatch, plan_pass
 from memlm.evaluation.perplexity import (
     BATCH_TOKENS,
     choose_tap,
@@ -47,35 +49,22 @@ from memlm.evaluation.perplexity import (
 )
 from memlm.evaluation.protocol import EXACT, recall_words
 from memlm.evaluation.result import DocumentSums
+from memlm.evaluation.statistics import Members, gather
+from memlm.evaluation.trials import Grid, Trial, search_grid
+from memlm.memory.local import LocalMemory
+from memlm.memory.long import LongMemory
+from memlm.memory.together import Together
 from memlm.models.attach import MemoryForCausalLM
 from memlm.models.match import check_match
 from memlm.models.running import frozen
-from memlm.ops.logsumexp import safe_logsumexp
-from memlm.ops.merge import mixture
 
 LAMS = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 SPREADS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2)
-"""Default temperatures: these times the median of (nearest score - farthest score), and 1."""
+"""Default temperatures for a store: these times the median of (nearest - farthest score), and 1."""
+FACTORS = (0.6, 0.8, 1.0, 1.2, 1.5, 2.0)
+"""Default temperatures for what was read before: these times the memory's own."""
 
 MOST_BYTES = 8 << 30
-_CHUNK = 1 << 22  # neighbours whose weights are computed at once
-
-
-@dataclass(frozen=True)
-class Trial(Config):
-    """One setting and what it gave.
-
-    Attributes:
-        lam: weight of the memory.
-        temperature: divisor of the neighbours' scores.
-        k: neighbours used.
-        perplexity: token-weighted.
-    """
-
-    lam: float
-    temperature: float
-    k: int
-    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -87,9 +76,9 @@ class Tuning(Config):
         trials: all settings.
         base_perplexity: of the model alone.
         tokens: how many were scored.
-        at_edge: which of lam, temperature and k are best at the edge of their grid, so that a
-            better value may lie beyond it.
-        cache_bytes: what the kept neighbours took.
+        at_edge: which of lam, temperature, k and size are best at the edge of their grid, so that
+            a better value may lie beyond it.
+        cache_bytes: what the statistics took.
         pass_seconds: of the one pass over the text.
         grid_seconds: of all trials.
         protocol: how the numbers were made, as in an evaluation.
@@ -112,18 +101,26 @@ class Tuning(Config):
     versions: dict[str, str]
 
     @property
-    def merge(self) -> Mixture:
+    def merge(self) -> Merge:
         """The best merge."""
-        return Mixture(self.best.lam)
+        return self.best.merge
+
+    def apply(self, memory: TokenMemory) -> TokenMemory:
+        """The memory that was tuned, with the best settings."""
+        return with_settings(memory, self.best)
+
+    def interpolate(self, memory: TokenMemory) -> tuple[TokenMemory, Mixture] | None:
+        """What the best setting mixes in once more, for ``evaluate`` and ``attach``."""
+        return interpolated(memory, self.best)
 
     def describe(self) -> str:
         """The result in one line."""
         best = self.best
         edge = f"; at the edge of the grid: {', '.join(self.at_edge)}" if self.at_edge else ""
         return (
-            f"best of {len(self.trials)} settings: lam={best.lam:g} temperature="
-            f"{best.temperature:g} k={best.k}, perplexity {best.perplexity:.4g} (model alone "
-            f"{self.base_perplexity:.4g}) over {self.tokens:,} tokens, chosen on this text{edge}"
+            f"best of {len(self.trials)} settings: {best.describe()}, perplexity "
+            f"{best.perplexity:.4g} (model alone {self.base_perplexity:.4g}) over "
+            f"{self.tokens:,} tokens, chosen on this text{edge}"
         )
 
     def save(self, path: str | Path) -> None:
@@ -152,50 +149,45 @@ class Tuning(Config):
         return super().from_dict({**values, "trials": trials, "best": best})
 
 
-class Neighbours(NamedTuple):
-    """What one pass keeps, for every scored token.
-
-    Attributes:
-        base: ``(tokens,)`` float32, the model's partial.
-        scores: ``(tokens, k)`` float32 at temperature 1, in the memory's order, -inf where none.
-        matches: ``(tokens, k)`` bool, whether the neighbour proposes the token that came.
-    """
-
-    base: TargetPartial
-    scores: Tensor
-    matches: Tensor
-
-    @property
-    def bytes(self) -> int:
-        """Size in memory."""
-        return sum(part.nbytes for part in (*self.base, self.scores, self.matches))
-
-
 def tune(
     model: PreTrainedModel,
     corpus: TokenCorpus,
     windows: Windows,
     memory: TokenMemory,
     *,
+    merges: Sequence[str] | None = None,
     lams: Sequence[float] = LAMS,
     temperatures: Sequence[float] | None = None,
     ks: Sequence[int] | None = None,
+    sizes: Sequence[int] | None = None,
+    interpolations: Sequence[tuple[float, float]] = (),
+    folder: str | Path | None = None,
     tap: str = "auto",
     batch_tokens: int = BATCH_TOKENS,
     threads: int | None = None,
     most_bytes: int = MOST_BYTES,
     progress: bool = True,
 ) -> Tuning:
-    """Find the best (lam, temperature, k) of a memory on a text.
+    """Find the best settings of a memory on a text.
 
     Args:
         model: causal language model.
         corpus: development text, tokens of the model's tokenizer.
         windows: the rule that cuts it.
-        memory: without state, with a ``temperature``; its own k is the largest that can be tried.
-        lams: weights to try, between 0 and 1.
-        temperatures: divisors to try; None: `SPREADS` times the median spread of scores, and 1.
+        memory: a memory without state that has a ``temperature``, a `LocalMemory`, a `LongMemory`,
+            or a `Together` of one each; its own k is the largest that can be tried.
+        merges: which to try, of "mixture", "union" and "gate"; None: "mixture" for a store alone,
+            "union" for memories that read the text.
+        lams: weights to try, between 0 and 1; for "mixture".
+        temperatures: divisors to try, each for all members alike; None: for a store `SPREADS` times
+            the median spread of scores, and 1; for others `FACTORS` times their own.
         ks: numbers of neighbours to try; None: all that were found, and quarters of it down to 4.
+        sizes: of the long-term memory; None: its own and quarters of it down to 256, and 0 if there
+            is a local memory.
+        interpolations: (lam, temperature) at which the neighbours are mixed in once more, beside
+            not to.
+        folder: where statistics are kept, so that an interrupted pass goes on and another grid of
+            weights, neighbours or interpolations needs none.
         tap: as in `evaluate`.
         batch_tokens: as in `evaluate`.
         threads: as in `evaluate`.
@@ -203,20 +195,24 @@ def tune(
         progress: show a bar for work over two seconds.
 
     Raises:
-        InputError: for a memory with state or without temperature, a grid out of range, or more
-            neighbours than ``most_bytes`` can hold; and as `evaluate`.
+        InputError: for a memory that walks from token to token or has no temperature, a grid out of
+            range, or more statistics than ``most_bytes`` can hold; and as `evaluate`.
     """
     check(
         not isinstance(model, MemoryForCausalLM),
         "tuning needs the model alone and the memory beside it, got a model with a memory "
         "attached; pass model.detach() and model.memory",
     )
-    temperature = _tunable(memory)
-    check(len(lams) > 0, "the grid must have at least one lam, got none")
-    for lam in lams:
-        check(0 < lam < 1, f"every lam to try must lie between 0 and 1, both excluded, got {lam}")
-    for value in temperatures or ():
-        check(value > 0, f"every temperature to try must be above 0, got {value}")
+    members = Members.of(memory)
+    grid = Grid(
+        merges=tuple(merges or (("union",) if members.reads else ("mixture",))),
+        lams=tuple(lams),
+        temperatures=tuple(temperatures or _own_temperatures(members)),
+        ks=tuple(ks or ()),
+        sizes=tuple(_sizes(members) if sizes is None else sizes),
+        interpolations=tuple((float(lam), float(value)) for lam, value in interpolations),
+    )
+    _check_grid(grid, members)
     watch = Stopwatch(model.device)
     with frozen(model), torch_threads(threads):
         with watch.measure("pass"):
@@ -224,20 +220,29 @@ def tune(
                 model, corpus, windows, tap=choose_tap(tap, memory), batch_tokens=batch_tokens
             )
             check_match(model, memory, plan.tap)
-            kept = _gather(plan, memory, temperature, most_bytes, watch, progress)
+            kept = gather(
+                plan,
+                members,
+                sizes=grid.sizes,
+                temperatures=grid.temperatures,
+                folder=None if folder is None else Path(folder),
+                most_bytes=most_bytes,
+                watch=watch,
+                progress=progress,
+            )
         documents = _base_sums(plan, kept.base)
         with watch.measure("grid"):
             found = kept.scores.shape[1]
-            trials = search_grid(
-                kept,
-                lams,
-                temperatures or default_temperatures(kept.scores),
-                _check_ks(ks, found, memory),
-                device=model.device,
+            grid = replace(
+                grid,
+                temperatures=grid.temperatures or tuple(default_temperatures(kept.scores)),
+                ks=tuple(_check_ks(grid.ks, found, members)),
             )
-        protocol = protocol_of(plan, windows, documents, memory, Mixture(lams[0]))
-    best = min(trials, key=lambda trial: (trial.perplexity, trial.k, trial.lam, trial.temperature))
-    protocol["merge"] = Mixture(best.lam).to_dict()
+            trials = search_grid(kept, grid, device=model.device)
+        carry = "window" if members.reads else "document"
+        protocol = protocol_of(plan, windows, documents, memory, Union(), carry)
+    best = min(trials, key=_order)
+    protocol["merge"] = best.merge.to_dict()
     return Tuning(
         best=best,
         trials=tuple(trials),
@@ -254,45 +259,30 @@ def tune(
     )
 
 
-def search_grid(
-    kept: Neighbours,
-    lams: Sequence[float],
-    temperatures: Sequence[float],
-    ks: Sequence[int],
-    *,
-    device: torch.device | str = "cpu",
-) -> list[Trial]:
-    """The perplexity of every setting, ordered by k, temperature, lam.
+def with_settings(memory: TokenMemory, trial: Trial) -> TokenMemory:
+    """A memory that was tuned, with the settings of a trial.
 
     Args:
-        kept: from one pass.
-        lams: weights in [0, 1].
-        temperatures: above 0.
-        ks: at least 1 and at most what was kept.
-        device: where to compute.
+        memory: as `tune` takes it.
+        trial: one of its results.
     """
-    tokens, width = kept.scores.shape
-    losses = {}
-    for start in range(0, tokens, max(1, _CHUNK // max(width, 1))):
-        rows = slice(start, start + max(1, _CHUNK // max(width, 1)))
-        base = TargetPartial(*(part[rows].to(device) for part in kept.base))
-        scores, matches = kept.scores[rows].to(device), kept.matches[rows].to(device)
-        hits = scores.masked_fill(~matches, -torch.inf)
-        for k in ks:
-            for temperature in temperatures:
-                partial = TargetPartial(
-                    lse=safe_logsumexp(scores[:, :k] / temperature),
-                    target_lse=safe_logsumexp(hits[:, :k] / temperature),
-                )
-                for lam in lams:
-                    merged = mixture(lam, base, partial)
-                    loss = (merged.lse.double() - merged.target_lse.double()).sum()
-                    setting = (k, temperature, lam)
-                    losses[setting] = losses.get(setting, 0.0) + float(loss)
-    return [
-        Trial(lam=lam, temperature=temperature, k=k, perplexity=float(np.exp(loss / tokens)))
-        for (k, temperature, lam), loss in losses.items()
-    ]
+    if isinstance(memory, Together):
+        return Together(*(with_settings(member, trial) for member in memory.members))
+    if isinstance(memory, LocalMemory):
+        return replace(memory, temperature=trial.temperature)
+    if isinstance(memory, LongMemory):
+        return replace(memory, size=trial.size, temperature=trial.temperature)
+    searched: Any = memory
+    return searched.changed(trial.k, trial.temperature)
+
+
+def interpolated(memory: TokenMemory, trial: Trial) -> tuple[TokenMemory, Mixture] | None:
+    """What a trial mixes in once more: the store at its own temperature, and its weight."""
+    if trial.flat is None:
+        return None
+    lam, temperature = trial.flat
+    searched: Any = Members.of(memory).searched
+    return searched.changed(trial.k, temperature), Mixture(lam)
 
 
 def default_temperatures(scores: Tensor) -> list[float]:
@@ -311,43 +301,65 @@ def default_temperatures(scores: Tensor) -> list[float]:
 
 def default_ks(found: int) -> list[int]:
     """All neighbours that were found, and quarters of it down to 4: 4, 16, 64, 256, 1024."""
-    values = [found]
-    while values[-1] >= 16:
+    return _quarters(found, 4)
+
+
+def _quarters(largest: int, least: int) -> list[int]:
+    values = [largest]
+    while values[-1] >= 4 * least:
         values.append(values[-1] // 4)
     return values[::-1]
 
 
-def _gather(
-    plan: Pass,
-    memory: TokenMemory,
-    temperature: float,
-    most_bytes: int,
-    watch: Stopwatch,
-    progress: bool,
-) -> Neighbours:
-    """The one pass: scores, matches and the model's partial, tokens in text order."""
-    counts = plan.table.targets
-    tokens, start = int(counts.sum()), np.cumsum(counts) - counts
-    kept = Neighbours(TargetPartial(*torch.empty(2, 0)), torch.empty(0, 0), torch.empty(0, 0))
-    with bar(tokens, label="neighbours", unit="token", quiet=not progress) as shown:
-        for scored in plan.run(watch):
-            log_probabilities(scored.base, scored.places, plan.corpus)
-            candidates, _ = memory.read(scored.queries, None)
-            if len(kept.scores) == 0:
-                kept = _empty(tokens, candidates.scores.shape[1], most_bytes)
-            place = torch.from_numpy(
-                start[scored.windows] + scored.places - plan.table.first[scored.windows]
-            )
-            scores = (candidates.scores.float() * temperature).masked_fill(
-                ~candidates.valid, -torch.inf
-            )
-            matches = (candidates.tokens == scored.targets[:, None]) & candidates.valid
-            kept.base.lse[place] = scored.base.lse.float().cpu()
-            kept.base.target_lse[place] = scored.base.target_lse.float().cpu()
-            kept.scores[place] = scores.cpu()
-            kept.matches[place] = matches.cpu()
-            shown.update(len(place))
-    return kept
+def _own_temperatures(members: Members) -> list[float]:
+    if not members.reads:
+        return []  # from the scores, after the pass
+    return [float(f"{members.temperature * factor:.4g}") for factor in FACTORS]
+
+
+def _sizes(members: Members) -> list[int]:
+    if members.long is None:
+        return [0]
+    own = [] if members.long.size == 0 else _quarters(members.long.size, 256)
+    return [0, *own] if members.local is not None else own
+
+
+def _check_grid(grid: Grid, members: Members) -> None:
+    check(
+        members.long is not None or grid.sizes == (0,),
+        f"sizes are those of a long-term memory, got {list(grid.sizes)} without one; tune a "
+        "Together with a LongMemory",
+    )
+    check(
+        members.searched is not None or not (grid.ks or grid.interpolations),
+        "ks and interpolations are of a store, got them without one; tune a Together with a "
+        "KnnMemory",
+    )
+    check(
+        members.local is not None or members.long is None or 0 not in grid.sizes,
+        "a long-term memory alone must have a size above 0 in every setting, got 0",
+    )
+
+
+def _check_ks(ks: Sequence[int], found: int, members: Members) -> Sequence[int]:
+    memory = members.searched
+    if memory is None:
+        return (0,)
+    # Recomputed scores come in their own order: the best k of an approximate search for more are
+    # not what a search for k finds.
+    reordered = getattr(memory, "recompute", False) and recall_words(memory.describe()) != EXACT
+    for k in ks:
+        check(
+            1 <= k <= found,
+            f"every k to try must lie between 1 and the {found} neighbours that the memory finds, "
+            f"got {k}; raise the memory's k",
+        )
+        check(
+            k == found or not reordered,
+            f"with recomputed scores of an approximate index only the memory's own k={found} can "
+            f"be tried, got {k}; tune one memory per k",
+        )
+    return ks or ([found] if reordered else default_ks(found))
 
 
 def _base_sums(plan: Pass, base: TargetPartial) -> DocumentSums:
@@ -363,61 +375,20 @@ def _base_sums(plan: Pass, base: TargetPartial) -> DocumentSums:
     )
 
 
-def _empty(tokens: int, k: int, most_bytes: int) -> Neighbours:
-    needed = tokens * (8 + 5 * k)
-    check(
-        needed <= most_bytes,
-        f"the neighbours of {tokens:,} tokens with k={k} take {needed / 1e9:.3g} GB, more than "
-        f"the {most_bytes / 1e9:.3g} GB allowed; tune on less text, lower the memory's k, or raise "
-        "most_bytes",
-    )
-    return Neighbours(
-        base=TargetPartial(torch.empty(tokens), torch.empty(tokens)),
-        scores=torch.empty(tokens, k),
-        matches=torch.empty(tokens, k, dtype=torch.bool),
-    )
-
-
-def _tunable(memory: TokenMemory) -> float:
-    if memory.init_state(1) is not None:
-        raise InputError(
-            "tuning keeps the neighbours of every token, so the memory must not carry state, but "
-            f"{type(memory).__name__} does; tune the kNN memory of the same store"
-        )
-    temperature = getattr(memory, "temperature", None)
-    if not isinstance(temperature, int | float):
-        raise InputError(
-            f"a memory to tune must have a number as its temperature, but {type(memory).__name__} "
-            f"has {temperature!r}; tune a kNN memory"
-        )
-    return float(temperature)
-
-
-def _check_ks(ks: Sequence[int] | None, found: int, memory: TokenMemory) -> Sequence[int]:
-    # Recomputed scores come in their own order: the best k of an approximate search for more are
-    # not what a search for k finds.
-    reordered = getattr(memory, "recompute", False) and recall_words(memory.describe()) != EXACT
-    for k in ks or ():
-        check(
-            1 <= k <= found,
-            f"every k to try must lie between 1 and the {found} neighbours that the memory finds, "
-            f"got {k}; raise the memory's k",
-        )
-        check(
-            k == found or not reordered,
-            f"with recomputed scores of an approximate index only the memory's own k={found} can "
-            f"be tried, got {k}; tune one memory per k",
-        )
-    return ks or ([found] if reordered else default_ks(found))
+def _order(trial: Trial) -> tuple[Any, ...]:
+    """By perplexity; among equals the plainer setting first."""
+    lam = trial.lam or 0.0
+    return trial.perplexity, trial.flat or (), trial.k, trial.size, lam, trial.temperature
 
 
 def _edges(best: Trial, trials: Sequence[Trial]) -> tuple[str, ...]:
     edges = []
     for name in ("lam", "temperature"):
-        values = sorted({getattr(trial, name) for trial in trials})
+        values = sorted({getattr(trial, name) for trial in trials} - {None})
         if len(values) > 1 and getattr(best, name) in (values[0], values[-1]):
             edges.append(name)
-    ks = {trial.k for trial in trials}
-    if len(ks) > 1 and best.k == max(ks):
-        edges.append("k")
+    for name in ("k", "size"):
+        values = {getattr(trial, name) for trial in trials}
+        if len(values) > 1 and getattr(best, name) == max(values):
+            edges.append(name)
     return tuple(edges)

@@ -141,7 +141,6 @@ class LongMemory(Config):
         """Its state goes on from window to window: they must come in the order of the text."""
         return True
 
-    @torch.no_grad()
     def score_window(self, window: Window, state: LongState) -> tuple[TargetPartial, LongState]:
         """What earlier windows say about the scored tokens of these, which are then remembered.
 
@@ -152,6 +151,11 @@ class LongMemory(Config):
         Returns:
             ``(scored,)`` partial, and the state after these windows.
         """
+        return self.ask_window(window, state), self.remember_window(window, state)
+
+    @torch.no_grad()
+    def ask_window(self, window: Window, state: LongState) -> TargetPartial:
+        """The first half of `score_window`: ``(scored,)``, from the state before."""
         rows, entries = state.tokens.shape
         asked = window.tokens[:, window.first :]
         if entries == 0:
@@ -159,27 +163,29 @@ class LongMemory(Config):
             nothing = torch.full(
                 (len(window.targets),), -torch.inf, dtype=dtype, device=window.keys.device
             )
-            partial = TargetPartial(nothing, nothing)
-        else:
-            place = torch.arange(entries, device=asked.device).expand(rows, entries)
-            zeros = torch.zeros_like(place)
-            # what is hidden of each row: the pairs of its context, which the local memory holds
-            context = (window.real & ~window.scored).sum(-1, keepdim=True)
-            hidden = context if self.overlap == "once" else torch.zeros_like(context)
-            sees = (entries - hidden).expand(asked.shape)
-            same = torch.zeros_like(asked)
-            partial = score_bank(
-                window,
-                state.keys.to(window.keys),
-                state.tokens,
-                state.real,
-                Places(zeros, zeros, place),
-                Places(same, same, sees),
-                earlier_in_stream,
-                self.temperature,
-            )
-        state = self._remember(state, window.keys, window.tokens, window.scored)
-        return partial, state
+            return TargetPartial(nothing, nothing)
+        place = torch.arange(entries, device=asked.device).expand(rows, entries)
+        zeros = torch.zeros_like(place)
+        # what is hidden of each row: the pairs of its context, which the local memory holds
+        context = (window.real & ~window.scored).sum(-1, keepdim=True)
+        hidden = context if self.overlap == "once" else torch.zeros_like(context)
+        sees = (entries - hidden).expand(asked.shape)
+        same = torch.zeros_like(asked)
+        return score_bank(
+            window,
+            state.keys.to(window.keys),
+            state.tokens,
+            state.real,
+            Places(zeros, zeros, place),
+            Places(same, same, sees),
+            earlier_in_stream,
+            self.temperature,
+        )
+
+    @torch.no_grad()
+    def remember_window(self, window: Window, state: LongState) -> LongState:
+        """The second half: the state after these windows."""
+        return self._remember(state, window.keys, window.tokens, window.scored)
 
     def select_rows(self, state: LongState, index: Tensor) -> LongState:
         """The state of the rows ``index``, copied or dropped."""

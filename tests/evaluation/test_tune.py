@@ -15,14 +15,9 @@ from memlm.core.merges import Mixture
 from memlm.core.types import TargetPartial
 from memlm.data.windows import SlidingWindows
 from memlm.evaluation.perplexity import evaluate
-from memlm.evaluation.tune import (
-    Neighbours,
-    Tuning,
-    default_ks,
-    default_temperatures,
-    search_grid,
-    tune,
-)
+from memlm.evaluation.statistics import Statistics
+from memlm.evaluation.trials import Grid, search_grid
+from memlm.evaluation.tune import Tuning, default_ks, default_temperatures, tune
 from memlm.index.exact import ExactIndex
 from memlm.memory.knn import KnnMemory
 from memlm.models.attach import attach
@@ -133,6 +128,13 @@ def test_the_edge_of_the_grid_is_named(model, store):
     assert got.describe().endswith("at the edge of the grid: lam")
 
 
+def statistics(log_probability, scores, matches) -> Statistics:
+    """Of a store alone."""
+    nothing = TargetPartial(*torch.empty(2, len(scores), 0, 0))
+    base = TargetPartial(torch.zeros_like(log_probability), log_probability)
+    return Statistics(base, nothing, scores, matches, torch.empty(len(scores), 0))
+
+
 @settings(deadline=None, max_examples=25)
 @given(
     tokens=st.integers(1, 5),
@@ -147,12 +149,13 @@ def test_search_grid_against_plain_probabilities(tokens, width, seed, lam, tempe
     scores[generator.random((tokens, width)) < 0.2] = -np.inf
     matches = generator.random((tokens, width)) < 0.4
     base = np.log(generator.uniform(0.01, 1, tokens))
-    kept = Neighbours(
-        TargetPartial(torch.zeros(tokens), torch.tensor(base, dtype=torch.float32)),
+    kept = statistics(
+        torch.tensor(base, dtype=torch.float32),
         torch.tensor(scores, dtype=torch.float32),
         torch.tensor(matches),
     )
-    for trial in search_grid(kept, [lam], [temperature], list(range(1, width + 1))):
+    grid = Grid(lams=(lam,), temperatures=(temperature,), ks=tuple(range(1, width + 1)))
+    for trial in search_grid(kept, grid):
         loss = 0.0
         for row in range(tokens):
             weights = np.exp(scores[row, : trial.k] / temperature)
@@ -166,14 +169,15 @@ def test_search_grid_against_plain_probabilities(tokens, width, seed, lam, tempe
 
 def test_search_grid_in_chunks(monkeypatch):
     generator = torch.Generator().manual_seed(0)
-    kept = Neighbours(
-        TargetPartial(torch.zeros(50), -torch.rand(50, generator=generator)),
+    kept = statistics(
+        -torch.rand(50, generator=generator),
         -torch.rand(50, 4, generator=generator),
         torch.rand(50, 4, generator=generator) < 0.3,
     )
-    whole = search_grid(kept, [0.3], [1.0], [2, 4])
-    monkeypatch.setattr("memlm.evaluation.tune._CHUNK", 28)
-    for a, b in zip(whole, search_grid(kept, [0.3], [1.0], [2, 4]), strict=True):
+    grid = Grid(lams=(0.3,), temperatures=(1.0,), ks=(2, 4))
+    whole = search_grid(kept, grid)
+    monkeypatch.setattr("memlm.evaluation.trials._CHUNK", 28)
+    for a, b in zip(whole, search_grid(kept, grid), strict=True):
         assert a.perplexity == pytest.approx(b.perplexity, rel=1e-12)
 
 
@@ -197,7 +201,10 @@ def test_default_grids():
         ({"temperatures": (0.0,)}, "temperature to try must be above 0, got 0.0"),
         ({"ks": (6,)}, "between 1 and the 5 neighbours that the memory finds, got 6"),
         ({"ks": (0,)}, "got 0"),
-        ({"most_bytes": 100}, r"the neighbours of 59 tokens with k=5 take 1.95e-06 GB"),
+        (
+            {"most_bytes": 100},
+            r"the statistics of 59 tokens with k=5 and 0 settings of the past take 1.95e-06",
+        ),
     ],
 )
 def test_bad_input(model, options, message):
@@ -206,7 +213,9 @@ def test_bad_input(model, options, message):
 
 
 def test_memories_that_cannot_be_tuned(model):
-    with pytest.raises(InputError, match="must not carry state, but PastMemory does"):
+    with pytest.raises(
+        InputError, match="must not carry state from token to token, but PastMemory does"
+    ):
         tune(model, corpus_of(), WINDOWS, PastMemory())
     with pytest.raises(InputError, match=r"pass model.detach\(\) and model.memory"):
         tune(attach(model, FixedMemory()), corpus_of(), WINDOWS, FixedMemory())
