@@ -26,6 +26,7 @@ from memlm.cli.passkey import Passkey
 from memlm.cli.positions import Positions
 from memlm.cli.retro import Retro
 from memlm.cli.stream import Stream
+from memlm.cli.sweep import Sweep
 from memlm.cli.train import Train
 from memlm.cli.verify import Verify
 from memlm.core.errors import MemlmError
@@ -39,6 +40,7 @@ _VERBS: dict[str, Any] = {
     "cluster": Cluster,
     "retro": Retro,
     "evaluate": Evaluate,
+    "sweep": Sweep,
     "generate": Generate,
     "passkey": Passkey,
     "positions": Positions,

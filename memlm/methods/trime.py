@@ -51,6 +51,7 @@ def trime(
     overlap: Overlap = "once",
     index: Index | str = "auto",
     recompute: bool = False,
+    interpolate: tuple[float, float] | None = None,
 ) -> MemoryForCausalLM:
     """``model`` with its local memory, and with a long-term and an external one if asked for.
 
@@ -63,12 +64,20 @@ def trime(
         overlap: see `LongMemory`; "twice" is what the paper's figures count.
         index: of the store, see `KnnMemory`.
         recompute: exact scores of what an approximate index found, see `KnnMemory`.
+        interpolate: (lam, temperature) at which the store is mixed in once more (eq. 7); the
+            temperature divides the plain dot product.
 
     Raises:
-        InputError: if the store does not compare by dot product, or a number is out of range.
+        InputError: if there is something to interpolate but no store, the store does not compare
+            by dot product, or a number is out of range.
         FingerprintError: if the store was made by another model.
     """
     members = _past(model, long, temperature, overlap)
+    check(
+        interpolate is None or store is not None,
+        f"what is mixed in once more is the datastore, got {interpolate} without one; pass a store",
+    )
+    again = None
     if store is not None:
         check(
             store.metric == "ip",
@@ -76,8 +85,11 @@ def trime(
             f"{store.metric!r}; build the store with metric='ip'",
         )
         scale = temperature * _root_of_dim(model)
-        members.append(KnnMemory(store, k=k, temperature=scale, index=index, recompute=recompute))
-    return attach(model, Together(*members), merge=Union())
+        external = KnnMemory(store, k=k, temperature=scale, index=index, recompute=recompute)
+        members.append(external)
+        if interpolate is not None:
+            again = external.changed(external.k, interpolate[1]), Mixture(interpolate[0])
+    return attach(model, Together(*members), merge=Union(), interpolate=again)
 
 
 def continuous_cache(

@@ -48,6 +48,7 @@ def attach(
     memory: TokenMemory,
     merge: Merge | None = None,
     *,
+    interpolate: tuple[TokenMemory, Mixture] | None = None,
     tap: str | None = None,
     tokenizer: Any = None,
     verify: bool = True,
@@ -58,6 +59,8 @@ def attach(
         model: a causal language model with a key-value cache; used as it is, never changed.
         memory: what it shall remember with.
         merge: how the two are joined; default ``Mixture()``.
+        interpolate: a second memory, without state, and the weight at which its distribution is
+            mixed into the merged one (TRIME, eq. 7: the datastore, once more).
         tap: where queries are read; default: where the memory's store says its keys were read,
             else ``"auto"`` (see ``models.taps``).
         tokenizer: checked against the store's, if given.
@@ -67,7 +70,7 @@ def attach(
     Raises:
         FingerprintError: if the memory's store was made with another model, tokenizer or tap.
         UnsupportedModelError: if the model offers no tap, or no cache of the usual kind.
-        InputError: if the model already has a memory.
+        InputError: if the model already has a memory, or the second one has a state.
     """
     if isinstance(model, MemoryForCausalLM):
         raise InputError(
@@ -81,8 +84,15 @@ def attach(
             f"{type(model).__name__}; use a causal transformer language model"
         )
     found = find_tap(model, tap or stored_tap(memory) or "auto")
-    check_match(model, memory, found, tokenizer=tokenizer, verify=verify)
-    return MemoryForCausalLM.around(model, memory, Mixture() if merge is None else merge, found)
+    for part in (memory,) if interpolate is None else (memory, interpolate[0]):
+        check_match(model, part, found, tokenizer=tokenizer, verify=verify)
+    if interpolate is not None and interpolate[0].init_state(1) is not None:
+        raise InputError(
+            "a memory that is mixed in once more must have no state, got "
+            f"{interpolate[0].describe()}; make one memory of them with Together"
+        )
+    merge = Mixture() if merge is None else merge
+    return MemoryForCausalLM.around(model, memory, merge, found, interpolate)
 
 
 class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
@@ -92,6 +102,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         base: the language model.
         memory: the memory.
         merge: how they are joined; may be replaced at any time.
+        interpolate: a memory without state that is mixed in after it, and its weight; or None.
         tap: where queries are read.
     """
 
@@ -106,11 +117,19 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
     base: Any  # a PreTrainedModel; nn.Module's own annotations would hide its methods
     memory: TokenMemory
     merge: Merge
+    interpolate: tuple[TokenMemory, Mixture] | None
     tap: Tap
 
     @classmethod
-    def around(cls, base: PreTrainedModel, memory: TokenMemory, merge: Merge, tap: Tap) -> Self:
-        """The four parts as one model, unchecked; `attach` checks that they belong together."""
+    def around(
+        cls,
+        base: PreTrainedModel,
+        memory: TokenMemory,
+        merge: Merge,
+        tap: Tap,
+        interpolate: tuple[TokenMemory, Mixture] | None = None,
+    ) -> Self:
+        """The parts as one model, unchecked; `attach` checks that they belong together."""
         config = MemoryConfig(
             text_config=base.config,
             merge=merge.to_dict(),
@@ -121,6 +140,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         model = cls(config)
         model.base = base
         model.memory, model.merge, model.tap = memory, merge, tap
+        model.interpolate = interpolate
         model.training = base.training
         model.generation_config = copy.deepcopy(base.generation_config)
         # A memory's search is no part of a compiled graph.
@@ -229,7 +249,12 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                 )
                 values["past_key_values"] = self._carry(output.past_key_values, state, len(states))
             else:
-                logits = self._merge_all(logits, states, valid, logits_to_keep)
+                logits = self._merge_all(
+                    self.merge, self.memory, logits, states, valid, logits_to_keep
+                )
+            if self.interpolate is not None:
+                second, weight = self.interpolate
+                logits = self._merge_all(weight, second, logits, states, valid, logits_to_keep)
         values["logits"] = logits
         if labels is not None or "shift_labels" in for_loss:
             values["loss"] = self._loss(logits, labels, logits_to_keep, values, for_loss)
@@ -240,7 +265,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def _off(self) -> bool:
-        return isinstance(self.merge, Mixture) and self.merge.lam == 0
+        nothing = isinstance(self.merge, Mixture) and self.merge.lam == 0
+        return nothing and self.interpolate is None
 
     def _state(
         self, input_ids: Tensor | None, cache: Any, use_cache: bool | None
@@ -283,13 +309,19 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         return None if cache is None else MemoryCache(cache, self.memory, state, rows)
 
     def _merge_all(
-        self, logits: Tensor, states: Tensor, valid: Tensor | None, logits_to_keep: int | Tensor
+        self,
+        merge: Merge,
+        memory: TokenMemory,
+        logits: Tensor,
+        states: Tensor,
+        valid: Tensor | None,
+        logits_to_keep: int | Tensor,
     ) -> Tensor:
         queries = keep(states, logits_to_keep)
         kept = None if valid is None else keep(valid[..., None], logits_to_keep).flatten()
         merged = merge_rows(
-            self.merge,
-            self.memory,
+            merge,
+            memory,
             logits.flatten(0, -2),
             queries.reshape(-1, queries.shape[-1]),
             kept,
@@ -405,6 +437,12 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         self.config.memory = write_memory(self.memory, directory)
         self.config.merge = self.merge.to_dict()
         self.config.tap = self.tap.to_dict()
+        if self.interpolate is not None:
+            second, weight = self.interpolate
+            self.config.memory["interpolate"] = {
+                "memory": write_memory(second, directory),
+                "merge": weight.to_dict(),
+            }
         self.config.architectures = [type(self).__name__]
         self.config.save_pretrained(directory)
         self.generation_config.save_pretrained(directory)
@@ -448,10 +486,15 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         model = load_base(config.base, directory, base, verify=verify, **kwargs)
         if memory is None:
             memory = load_memory(config.memory, directory, store)
+        again = None
+        if saved := config.memory.get("interpolate"):
+            second = load_memory(saved["memory"], directory, store)
+            again = second, Mixture.from_dict(saved["merge"])
         attached = attach(
             model,
             memory,
             merge_from_dict(config.merge),
+            interpolate=again,
             tap=Tap.from_dict(config.tap).name,
             verify=verify,
         )

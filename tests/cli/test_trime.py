@@ -6,6 +6,7 @@ import pytest
 
 import memlm
 from memlm.cli.main import main
+from memlm.cli.options import METHODS
 from memlm.testing.tiny import tiny_model
 
 STORY = "the cat sat on the mat and the dog sat on the log and a story was told once more"
@@ -125,11 +126,62 @@ def test_it_continues_a_prompt_from_what_it_read_before(place, capsys):
     assert set(texts("--method", "cache")) == {"continuous cache"}
 
 
+def test_generation_with_the_store_once_more(place, capsys):
+    command = ("generate", "MODEL", "the cat sat on the", "--method", "trime", "--json")
+    options = ("--store", "STORE", "--k", 4, "--max-new-tokens", 8)
+    flat = ("--interpolate", 0.99, 0.01)
+    made = {}
+    for name, more in {"union": (), "flat": flat}.items():
+        assert run(*names(place, (*command, *options, *more))) == 0
+        made[name] = json.loads(capsys.readouterr().out)["texts"]["TRIME"]
+    assert made["union"] != made["flat"]
+
+
+def test_sweep_finds_what_evaluate_then_gives(place, capsys):
+    window = ("--length", 16, "--stride", 4)
+    store = ("--method", "trime", "--store", "STORE", "--k", 8)
+    grid = ("--temperatures", 0.5, 2, "--sizes", 0, 40, "--merges", "union", "gate")
+    more = ("--interpolations", 0.3, 2.0, "--cache", place / "kept", "--save", place / "swept.json")
+    sweep = ("sweep", "MODEL", "TEXT", *window, *store, "--long", 40, *grid, *more)
+    assert run(*names(place, sweep)) == 0
+    shown = capsys.readouterr().out
+    assert "interpolated" in shown
+    assert "0.3 at 2" in shown
+    trials = json.loads((place / "swept.json").read_text())["trials"]
+    assert len(trials) == 2 * 2 * 2 * 2
+    wanted = next(
+        trial
+        for trial in trials
+        if (trial["k"], trial["size"], trial["slope"]) == (8, 40, None)
+        and trial["flat"] is not None
+        and trial["temperature"] == 2
+    )
+    flat = ("--temperature", 0.5, "--interpolate", 0.3, 2.0)
+    saved, _ = evaluation(place, capsys, *store, "--long", 40, *flat)
+    found = saved["TRIME"]["summary"]["perplexity"]
+    assert found == pytest.approx(wanted["perplexity"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["trime", "cache"])
+def test_settings_are_chosen_on_other_text(method, place, capsys):
+    saved, _ = evaluation(place, capsys, "--method", method, "--long", 40, "--tune", "TEXT")
+    best = saved["tuned"]["best"]
+    found = saved[METHODS[method]]["summary"]["perplexity"]
+    assert found == pytest.approx(best["perplexity"], rel=1e-6)
+    assert (best["lam"] is None) == (method == "trime")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((*TRIME, "--store", "L2"), "metric must be 'ip', got 'l2'"),
-        ((*TRIME, "--tune", "TEXT"), "must be knn or retomaton"),
+        (("sweep",), "there must be a memory to sweep"),
+        (("sweep", "--method", "retomaton", "--store", "L2"), "walks from token to token"),
+        (("sweep", "--method", "trime", "--sizes", 8), "sizes are those of a long-term memory"),
+        (
+            ("generate", "--method", "trime", "--interpolate", 0.3, 1.0),
+            "needs --method trime and --store, got trime and no store",
+        ),
         ((*TRIME, "--temperature", "auto"), "must be a number"),
         ((*TRIME, "--temperature", 0), "finite number above 0"),
         ((*TRIME, "--long", -1), "long must not be negative, got -1"),

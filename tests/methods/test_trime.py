@@ -99,6 +99,32 @@ def test_beams_with_memory_do_not_depend_on_the_other_row():
         assert torch.equal(alone[0], both[row])
 
 
+def test_interpolation_is_the_same_in_logits_scores_and_after_loading(store, tmp_path):
+    """(1 - lam) p_union + lam p_store, wherever the model is used."""
+    model = tiny_model("llama")
+    plain = trime(model, store, long=20, k=4)
+    lm = trime(model, store, long=20, k=4, interpolate=(0.3, 2.5))
+    text = TEXT[:1]
+    rows = lm(text).logits.log_softmax(-1)
+    alone = memlm.attach(model, memlm.KnnMemory(store, k=4, temperature=2.5), memlm.Mixture(1.0))
+    mixed = 0.7 * plain(text).logits.softmax(-1) + 0.3 * alone(text).logits.softmax(-1)
+    torch.testing.assert_close(rows.exp(), mixed)
+    corpus = TokenCorpus.from_tokens(text[0].numpy().astype(np.int32))
+    whole = memlm.SlidingWindows(40, 40)
+    result = memlm.evaluate(lm, corpus, whole, carry="window", keep_tokens=True, progress=False)
+    expected = rows[0, :-1].gather(-1, text[0, 1:, None])[:, 0]
+    assert result.loss == pytest.approx(-expected.mean().item(), rel=1e-5)
+    made = lm.generate(text, max_new_tokens=3, do_sample=False)
+    assert made[0, 40] == rows[0, -1].argmax()
+    lm.save_pretrained(tmp_path / "lm")
+    again = memlm.MemoryForCausalLM.from_pretrained(tmp_path / "lm")
+    torch.testing.assert_close(again(text).logits, lm(text).logits)
+    padded = torch.cat([torch.zeros_like(text[:, :3]), text], 1)
+    mask = torch.cat([torch.zeros_like(text[:, :3]), torch.ones_like(text)], 1)
+    shifted = lm(padded, attention_mask=mask).logits[:, 3:].log_softmax(-1)
+    torch.testing.assert_close(shifted, rows, atol=1e-4, rtol=1e-4)
+
+
 def test_it_is_saved_and_loaded(store, tmp_path):
     lm = trime(tiny_model("llama"), store, long=20, k=4)
     lm.save_pretrained(tmp_path / "lm")
