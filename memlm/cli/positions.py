@@ -1,14 +1,11 @@
 """``memlm positions``: where a model's heads look by position alone, as a picture."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
 from memlm.cli.options import show
-
-if TYPE_CHECKING:
-    from memlm.models.tupe.maps import PositionMaps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +24,11 @@ class Positions:
     def run(self) -> int:
         """Draw, or name."""
         from memlm.cli.encoders import load_encoder
-        from memlm.models.tupe.maps import position_maps
+        from memlm.models.tupe.maps import draw_maps, position_maps
 
         maps = position_maps(load_encoder(self.model, "AutoModel"), self.length)
         if self.out is not None:
-            from memlm.core.optional import require
-
-            figure = require("matplotlib.figure", extra="plot", purpose="draw maps")
-            _draw(figure.Figure(layout="constrained"), maps, self.out)
+            draw_maps(maps, self.out)
         labels = {f"head {number}": label for number, label in enumerate(maps.labels)}
         value = {"model": self.model, "length": self.length, "labels": labels, "picture": self.out}
         lines = [f"{head}: {label}" for head, label in labels.items()]
@@ -42,22 +36,3 @@ class Positions:
             lines.append(f"drawn: {self.out}")
         show(value, "\n".join(lines), as_json=self.json)
         return 0
-
-
-def _draw(figure: Any, maps: "PositionMaps", out: str) -> None:
-    """One image per head: the weights that position scores alone would give."""
-    heads = len(maps.labels)
-    columns = min(4, heads)
-    rows = -(-heads // columns)
-    figure.set_size_inches(3 * columns, 3.2 * rows)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for number, axis in enumerate(axes.flat):
-        if number >= heads:
-            axis.set_axis_off()
-            continue
-        axis.imshow(maps.scores[number].softmax(-1).numpy(), cmap="viridis")
-        axis.set_title(f"head {number}: {maps.labels[number]}")
-        axis.set_xlabel("key position")
-        axis.set_ylabel("query position")
-    figure.suptitle("attention by position alone")
-    figure.savefig(out)

@@ -1,4 +1,4 @@
-"""Fine-tune an encoder on a GLUE task: every learning rate with every seed, the best median.
+"""Fine-tune an encoder on a task: every learning rate with every seed, the best median.
 
 One run: the sequence classifier (any of transformers) is trained on the common loop, then predicts
 the held-out splits, and the metrics are of all samples of a split. The grid can be stopped at any
@@ -24,7 +24,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from memlm.core.config import check
 from memlm.core.files import read_json, write_json
 from memlm.core.randomness import random_state_kept
-from memlm.data.glue import GlueTask, Samples, by_frequency, read_glue
+from memlm.data.glue import GlueTask, Samples, by_frequency, glue_task, read_glue
 from memlm.evaluation.glue import score
 from memlm.models.fingerprint import model_hash
 from memlm.training.finetune_config import FinetuneConfig
@@ -56,6 +56,7 @@ def finetune(
     config: FinetuneConfig,
     out: str | Path,
     *,
+    task: GlueTask | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Run the grid, or what is left of it.
@@ -67,16 +68,24 @@ def finetune(
         source: of the task's data, see `memlm.data.glue.read_glue`.
         config: the grid.
         out: folder of the runs; created.
+        task: one of your own, by the name in ``config``; None: GLUE's of that name.
         quiet: no progress bar.
 
     Returns:
         The table: settings, all runs, medians per rate, the best rate and its medians.
 
     Raises:
-        InputError: if data are missing or do not fit the task.
+        InputError: if the task is unknown, or data are missing or do not fit it.
         FingerprintError: if ``out`` holds runs of another model, data or settings.
     """
-    out, task = Path(out), config.glue_task()
+    if task is None:
+        task = glue_task(config.task)
+    else:
+        check(
+            task.name == config.task,
+            f"the task must have the configured name, {config.task!r}, got {task.name!r}",
+        )
+    out = Path(out)
     splits = {split: read_glue(task, source, split) for split in ("train", *task.held_out)}
     if task.classes and config.legacy_classes:
         ranks = by_frequency(splits["train"].labels)
@@ -90,7 +99,9 @@ def finetune(
         for seed in config.seeds:
             folder = out / f"rate-{rate:g}-seed-{seed}"
             if not (folder / _RESULT).exists():
-                metrics = _run(make_model, tokenizer, data, config, rate, seed, folder, quiet=quiet)
+                metrics = _run(
+                    make_model, tokenizer, data, task, config, rate, seed, folder, quiet=quiet
+                )
                 write_json(folder / _RESULT, {"rate": rate, "seed": seed, "metrics": metrics})
                 if not config.keep_models:
                     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -133,6 +144,7 @@ def _run(
     make_model: ModelMaker,
     tokenizer: PreTrainedTokenizerBase,
     data: Mapping[str, LabelledSamples],
+    task: GlueTask,
     config: FinetuneConfig,
     rate: float,
     seed: int,
@@ -140,7 +152,6 @@ def _run(
     *,
     quiet: bool,
 ) -> dict[str, dict[str, float]]:
-    task = config.glue_task()
     with random_state_kept():
         torch.manual_seed(seed)
         model = make_model(task.num_labels)
@@ -154,7 +165,7 @@ def _run(
         ModelLoss(model),
         _Shuffled(data["train"], seed),
         InTurn(config.batch_size),
-        config.run(len(data["train"].tokens), rate, seed),
+        config.run(task, len(data["train"].tokens), rate, seed),
         folder,
         collate=collate,
         identity={"model": model_hash(model), "data": _hash(data["train"]), "task": task.name},

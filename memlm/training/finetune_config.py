@@ -7,7 +7,7 @@ their median, 6 % of the steps of warm-up, linear decay, weight decay 0.01, norm
 from dataclasses import dataclass
 
 from memlm.core.config import Config, check
-from memlm.data.glue import GlueTask, glue_task
+from memlm.data.glue import GlueTask
 from memlm.training.config import RunConfig
 from memlm.training.polynomial import warmup_steps_of
 
@@ -17,7 +17,7 @@ class FinetuneConfig(Config):
     """A grid of fine-tuning runs on one task.
 
     Attributes:
-        task: of GLUE.
+        task: name of one of GLUE, or of one of your own.
         learning_rates: to choose from, by the median over seeds.
         seeds: of the head's weights, the order and dropout.
         epochs: None: as published for the task.
@@ -34,7 +34,7 @@ class FinetuneConfig(Config):
         threads: see `RunConfig`.
 
     Raises:
-        InputError: if a number is out of range or the task unknown.
+        InputError: if a number is out of range.
     """
 
     task: str
@@ -53,7 +53,6 @@ class FinetuneConfig(Config):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        glue_task(self.task)
         check(len(self.learning_rates) > 0, "learning_rates must hold at least one, got none")
         check(len(self.seeds) > 0, "seeds must hold at least one, got none")
         check(self.epochs is None or self.epochs >= 1, f"epochs must be positive: {self.epochs}")
@@ -61,13 +60,9 @@ class FinetuneConfig(Config):
         check(self.max_length >= 4, f"max_length must be at least 4, got {self.max_length}")
         warmup_steps_of(self.warmup_ratio, 1)
 
-    def glue_task(self) -> GlueTask:
-        """The task itself."""
-        return glue_task(self.task)
-
-    def run(self, samples: int, learning_rate: float, seed: int) -> RunConfig:
+    def run(self, task: GlueTask, samples: int, learning_rate: float, seed: int) -> RunConfig:
         """One run of the grid on so many training samples."""
-        epochs = self.epochs or self.glue_task().epochs
+        epochs = self.epochs or task.epochs
         steps = -(-epochs * samples // self.batch_size)
         return RunConfig(
             block_length=self.max_length,

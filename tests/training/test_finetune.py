@@ -170,7 +170,7 @@ def test_labels_are_checked(tmp_path):
 
 def test_the_protocol():
     config = FinetuneConfig(task="cola")
-    run = config.run(320, 2e-5, 1)
+    run = config.run(glue_task(config.task), 320, 2e-5, 1)
     assert (run.max_steps, run.warmup_steps, run.rows) == (100, 6, 32)
     assert json.dumps(config.to_dict())
     with pytest.raises(InputError, match="learning_rates must hold at least one"):

@@ -10,13 +10,15 @@ queries, untied tokens left out), after the patterns that Ke et al. (2021, figur
 """
 
 import math
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.errors import UnsupportedModelError
+from memlm.core.optional import require
 from memlm.ops.untied_attention import position_scores
 from memlm.positions.untied import UntiedPositions
 
@@ -75,3 +77,33 @@ def label_of(scores: Tensor) -> str:
     if entropy > 0.95 * math.log(length):
         return "global"
     return "local" if share(offset.abs() <= max(1, length // 8)) > 0.5 else "broad"
+
+
+def draw_maps(maps: PositionMaps, path: str | Path) -> None:
+    """One image per head: the weights that position scores alone would give.
+
+    Args:
+        maps: from `position_maps`.
+        path: picture to write (.png, .svg, .pdf).
+
+    Raises:
+        MissingExtraError: without matplotlib.
+    """
+    require("matplotlib", extra="plot", purpose="draw maps")
+    from matplotlib.figure import Figure
+
+    heads = len(maps.labels)
+    columns = min(4, heads)
+    rows = -(-heads // columns)
+    figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    axes: Any = figure.subplots(rows, columns, squeeze=False)
+    for number, axis in enumerate(axes.flat):
+        if number >= heads:
+            axis.set_axis_off()
+            continue
+        axis.imshow(maps.scores[number].softmax(-1).numpy(), cmap="viridis")
+        axis.set_title(f"head {number}: {maps.labels[number]}")
+        axis.set_xlabel("key position")
+        axis.set_ylabel("query position")
+    figure.suptitle("attention by position alone")
+    figure.savefig(path)
