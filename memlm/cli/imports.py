@@ -26,7 +26,10 @@ class Import:
     kind: Kind = "auto"
     """What PATH is; "auto": by its name. An encoder (TUPE, RoBERTa) must be said to be one."""
     dictionary: str | None = None
-    """fairseq-lm: the dict.txt of the training; default: the one beside the checkpoint."""
+    """The dict.txt of the training; fairseq-lm: default: the one beside the checkpoint; \
+fairseq-encoder: given with --codes, a tokenizer is made of the two."""
+    codes: str | None = None
+    """fairseq-encoder: codes of fastBPE that its text was split with."""
     scheme: str | None = None
     """fairseq-encoder: position scheme that it must be of; default: what it is."""
     heads: int | None = None
@@ -85,12 +88,20 @@ class Import:
     def _encoder(self) -> tuple[dict[str, Any], str]:
         from memlm.importers.tupe import read_tupe_checkpoint
 
+        check(
+            (self.dictionary is None) == (self.codes is None),
+            "a tokenizer needs both --dictionary and --codes, got one of them; give both or none",
+        )
         found = read_tupe_checkpoint(self.path, scheme=self.scheme, heads=self.heads)
         model = found.masked_lm() if self.classifier is None else found.classifier(self.classifier)
         model.save_pretrained(self.out)
         scheme = found.config.position_scheme.name
         value = {"scheme": scheme, "renamed": dict(found.report), "heads": list(found.heads)}
-        return value, f"an encoder of scheme {scheme}\n{found.describe()}"
+        words = "no tokenizer: give --dictionary (dict.txt) and --codes (bpe-code) to have one"
+        if self.dictionary is not None and self.codes is not None:
+            found.tokenizer(self.dictionary, self.codes).save_pretrained(self.out)
+            words = f"a tokenizer of {found.config.vocab_size:,} words"
+        return value, f"an encoder of scheme {scheme}, {words}\n{found.describe()}"
 
     def _datastore(self) -> tuple[dict[str, Any], str]:
         from memlm.importers.datastore import import_datastore

@@ -5,7 +5,8 @@ relative part, the norms. The number of heads is the bucket table's width; witho
 known from the run's arguments or be given. Every name is accounted for in a report; a checkpoint of
 another scheme than the one asked for is an error, where the authors' code loads what fits and stays
 silent. fairseq's fused projections are split in three, its copy of the tied matrix is compared and
-dropped, and rows 0 and 1 of a baseline's position table, which no token uses, are left out.
+dropped, and rows 0 and 1 of a baseline's position table, which no token uses, are left out. The
+vocabulary is not in a checkpoint: `TupeImport.tokenizer` makes it of the authors' two files.
 """
 
 import re
@@ -22,6 +23,7 @@ from memlm.core.errors import InputError
 from memlm.formats.checkpoints import read_checkpoint
 from memlm.models.tupe.config import TupeConfig, with_labels
 from memlm.models.tupe.heads import TupeForMaskedLM, TupeForSequenceClassification
+from memlm.models.tupe.tokenizer import TupeTokenizer
 
 _POSITIONS = "tupe.position_bias."
 _LAYER = r"layers\.(\d+)\."
@@ -95,6 +97,28 @@ class TupeImport:
         body = {name: value for name, value in self.state.items() if name.startswith("tupe.")}
         config = with_labels(self.config, len(tensors["classifier.out_proj.weight"]))
         return _filled(TupeForSequenceClassification(config), {**body, **tensors})
+
+    def tokenizer(self, dictionary: str | Path, codes: str | Path) -> TupeTokenizer:
+        """The checkpoint's tokenizer, of the files that its training was prepared with.
+
+        Args:
+            dictionary: ``dict.txt``.
+            codes: ``bpe-code``, the codes of fastBPE.
+
+        Raises:
+            CorruptStoreError: if a file is missing or damaged.
+            InputError: if the dictionary has another number of words than the checkpoint.
+        """
+        made = TupeTokenizer(
+            str(dictionary), str(codes), model_max_length=self.config.max_position_embeddings
+        )
+        check(
+            len(made.dictionary) == self.config.vocab_size,
+            f"the dictionary must have the checkpoint's {self.config.vocab_size} words, special "
+            f"ones and <mask> included, but {dictionary} has {len(made.dictionary)}; give the one "
+            "that it was trained with",
+        )
+        return made
 
     def describe(self) -> str:
         """One line per name of the checkpoint."""

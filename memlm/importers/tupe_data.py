@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError
 from memlm.formats.binarised import read_lines
-from memlm.formats.dictionary import SPECIALS, Dictionary, read_dictionary
+from memlm.models.tupe.tokenizer import TUPE_SPECIALS, read_tupe_dictionary
 
-TUPE_SPECIALS = (*SPECIALS, "<file>", "<email>", "<url>")
-MASK = "<mask>"
 _BEGIN, _SEPARATOR = 0, 2
 
 
@@ -37,23 +35,6 @@ class LabelledTokens(NamedTuple):
     tokens: list[NDArray[np.int64]]
     labels: NDArray[np.number]
     names: tuple[str, ...]
-
-
-def read_tupe_dictionary(path: str | Path, *, mask: bool = True) -> Dictionary:
-    """Read a ``dict.txt`` of the authors' fork.
-
-    Args:
-        path: of the file or its folder.
-        mask: append ``<mask>``, as their tasks do; False for labels.
-
-    Raises:
-        CorruptStoreError: if the file is missing or damaged.
-    """
-    found = read_dictionary(path)
-    words = (*TUPE_SPECIALS, *found.words[len(SPECIALS) :], *((MASK,) if mask else ()))
-    ends = np.zeros(int(mask), np.int64)
-    counts = [np.zeros(len(TUPE_SPECIALS), np.int64), found.counts[len(SPECIALS) :], ends]
-    return Dictionary(words, np.concatenate(counts))
 
 
 def read_sentences(prefix: str | Path) -> list[NDArray[np.int64]]:

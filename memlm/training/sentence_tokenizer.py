@@ -27,9 +27,9 @@ from tokenizers import (
 from transformers import PreTrainedTokenizerFast
 
 from memlm.core.config import check
+from memlm.models.tupe.tokenizer import MASK
+from memlm.models.tupe.tokenizer import TUPE_SPECIALS as SPECIALS
 
-SPECIALS = ("<s>", "<pad>", "</s>", "<unk>", "<file>", "<email>", "<url>")
-MASK = "<mask>"
 _END = "</w>"
 _PRIVATE = 0xF0000  # from here on, characters have no meaning of their own
 _MARK = Regex(r"[^\w\s<>]")

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer
 
 from memlm.cli.main import main
 from memlm.core.errors import InputError
 from memlm.formats.binarised import read_lines
 from memlm.importers.tupe import read_state, read_tupe_checkpoint
-from memlm.importers.tupe_data import read_glue_folder, read_sentences, read_tupe_dictionary
+from memlm.importers.tupe_data import read_glue_folder, read_sentences
+from memlm.models.tupe.tokenizer import read_tupe_dictionary
 from memlm.training.fairseq_adam import FairseqAdam
 from memlm.training.polynomial import PolynomialRate
 
@@ -131,6 +132,18 @@ def test_a_checkpoint_becomes_a_folder(golden_tupe_checkpoint, tmp_path, capsys)
     loaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
     for name, weight in imported.masked_lm().state_dict().items():
         assert torch.equal(loaded.state_dict()[name], weight), name
+    words = [f"w{number} 1" for number in range(imported.config.vocab_size - 8)]
+    (tmp_path / "dict.txt").write_text("\n".join(words))
+    (tmp_path / "codes").write_text("a b</w> 2\n")
+    files = ["--dictionary", str(tmp_path / "dict.txt"), "--codes", str(tmp_path / "codes")]
+    assert main([*command, str(tmp_path / "whole"), *files]) == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "whole")
+    assert len(tokenizer) == tokenizer.mask_token_id + 1 == imported.config.vocab_size
+    assert main([*command, str(tmp_path / "half"), *files[:2]]) == 2
+    assert "needs both --dictionary and --codes" in capsys.readouterr().err
+    (tmp_path / "dict.txt").write_text("word 1")
+    assert main([*command, str(tmp_path / "other"), *files]) == 2
+    assert "dict.txt has 9; give the one" in capsys.readouterr().err
     assert main([*command, str(tmp_path), "--classifier", "other"]) == 2
     assert "must have the head 'other'" in capsys.readouterr().err
 

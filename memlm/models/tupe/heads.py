@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    AutoTokenizer,
     GenerationMixin,
 )
 from transformers.activations import ACT2FN
@@ -32,6 +33,7 @@ from transformers.utils.generic import can_return_tuple
 from memlm.core.config import check
 from memlm.models.tupe.config import TupeConfig, labels_of
 from memlm.models.tupe.encoder import HeadLinear, TupeModel, TupePreTrainedModel
+from memlm.models.tupe.tokenizer import TupeTokenizer
 
 _IGNORED = -100
 _TIED = {"lm_head.decoder.weight": "tupe.embeddings.word_embeddings.weight"}
@@ -274,3 +276,4 @@ AutoModelForSequenceClassification.register(
     TupeConfig, TupeForSequenceClassification, exist_ok=True
 )
 AutoModelForTokenClassification.register(TupeConfig, TupeForTokenClassification, exist_ok=True)
+AutoTokenizer.register(TupeConfig, slow_tokenizer_class=TupeTokenizer, exist_ok=True)
