@@ -52,49 +52,77 @@ def sights(batch, time):
     yield "prefix", Sight(visible=prefix | past), None
 
 
+def both(name, impl, time, sight, ids, device="cpu", dtype=torch.float32):
+    """What an implementation gives on a device, and the reference in float32; rows that count."""
+    query, key, value = content(3, time, time)
+    arguments = {"sight": sight, "scale": (2 * DIM) ** -0.5 if name != "bert-r" else DIM**-0.5}
+    exact = positions_of(name, bidirectional=not sight.causal)
+    assert exact.scale == pytest.approx(arguments["scale"])
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flex says that it is not fused on a CPU
+        terms = exact(time, position_ids=ids)
+        wanted = untied_attention(query, key, value, terms, **arguments, impl="reference")
+        made = positions_of(name, bidirectional=not sight.causal, dtype=dtype).to(device)
+        there = [None if part is None else part.to(device) for part in (ids, sight.valid,
+                 sight.documents, sight.visible)]  # fmt: skip
+        arguments["sight"] = Sight(there[1], there[2], sight.causal, there[3])
+        found = untied_attention(
+            *(part.to(device, dtype) for part in (query, key, value)),
+            made(time, position_ids=there[0]),
+            **arguments,
+            impl=impl,
+        )
+    real = torch.ones(3, time, dtype=torch.bool) if sight.valid is None else sight.valid
+    real = real[:, None].expand(-1, HEADS, -1)
+    return found.float().cpu()[real], wanted[real]
+
+
 @pytest.mark.parametrize("name", MADE_HERE)
 @pytest.mark.parametrize("impl", ["folded", "flex"])
 def test_fast_is_reference(name, impl):
     for time in (1, 2, 9, 24) if impl == "folded" else (9,):
         for label, sight, ids in sights(3, time):
-            made = positions_of(name, bidirectional=not sight.causal)
-            query, key, value = content(3, time, time)
-            with torch.no_grad(), warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # flex says that it is not fused here
-                terms = made(time, position_ids=ids)
-                arguments = {"scale": made.scale, "sight": sight}
-                wanted = untied_attention(query, key, value, terms, **arguments, impl="reference")
-                found = untied_attention(query, key, value, terms, **arguments, impl=impl)
-            real = torch.ones(3, time, dtype=torch.bool) if sight.valid is None else sight.valid
-            real = real[:, None].expand(-1, HEADS, -1)
+            found, wanted = both(name, impl, time, sight, ids)
             torch.testing.assert_close(
-                found[real], wanted[real], atol=1e-5, rtol=1e-5, msg=lambda m, x=label: x + m
+                found, wanted, atol=1e-5, rtol=1e-5, msg=lambda m, x=label: x + m
             )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MADE_HERE)
+@pytest.mark.parametrize("impl", ["folded", "flex"])
+def test_on_a_gpu_it_is_reference(name, impl, dtype):
+    for label, sight, ids in sights(3, 24):
+        found, wanted = both(name, impl, 24, sight, ids, "cuda", dtype)
+        difference = (found - wanted).abs()
+        if dtype == torch.bfloat16:
+            assert difference.mean() < 2e-2, label
+        else:
+            assert difference.max() < 2e-3, label
 
 
 def test_bfloat16_is_near():
     for label, sight, ids in sights(3, 24):
-        exact = positions_of("tupe-r", bidirectional=not sight.causal)
-        query, key, value = content(3, 24, 24)
-        half = positions_of("tupe-r", bidirectional=not sight.causal, dtype=torch.bfloat16)
-        with torch.no_grad():
-            wanted = untied_attention(
-                query,
-                key,
-                value,
-                exact(24, position_ids=ids),
-                scale=exact.scale,
-                sight=sight,
-                impl="reference",
-            )
-            found = untied_attention(
-                query.bfloat16(), key.bfloat16(), value.bfloat16(), half(24, position_ids=ids),
-                scale=half.scale, sight=sight,
-            )  # fmt: skip
-        real = torch.ones(3, 24, dtype=torch.bool) if sight.valid is None else sight.valid
-        real = real[:, None].expand(-1, HEADS, -1)
-        difference = (found.float()[real] - wanted[real]).abs()
-        assert difference.mean() < 2e-2, label
+        found, wanted = both("tupe-r", "folded", 24, sight, ids, dtype=torch.bfloat16)
+        assert (found - wanted).abs().mean() < 2e-2, label
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["tupe-a", "tupe-r"])
+@pytest.mark.parametrize("impl", ["folded", "flex"])
+def test_gradients_on_a_gpu(name, impl):
+    found = {}
+    for one in ("reference", impl):
+        made = positions_of(name).cuda()
+        query, key, value = (part.cuda() for part in content(2, 9, 9))
+        query.requires_grad_()
+        output = untied_attention(query, key, value, made(9), scale=made.scale, impl=one)
+        output.square().sum().backward()
+        found[one] = [query.grad, *(parameter.grad for parameter in made.parameters())]
+    for fast, slow in zip(found[impl], found["reference"], strict=True):
+        fast = torch.zeros_like(slow) if fast is None else fast
+        torch.testing.assert_close(fast, slow, atol=2e-3, rtol=1e-2)
 
 
 @pytest.mark.parametrize("name", ["tupe-a", "tupe-r"])
