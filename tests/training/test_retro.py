@@ -44,6 +44,21 @@ class Die(TrainerCallback):
             raise KeyboardInterrupt
 
 
+def test_a_text_without_neighbours_trains_an_ordinary_model(source, tokenizer, tmp_path):
+    config = RetroTrainConfig(**SMALL, max_steps=3)
+    alone = source._replace(neighbours=None)
+    model = train_retro(alone, tokenizer, config, tmp_path / "alone", quiet=True)
+    found = losses(tmp_path / "alone")
+    assert found[-1] < found[0]
+    torch.manual_seed(config.seed)
+    untouched = RetroForCausalLM(model.config)
+    for name, weight in model.named_parameters():  # what only neighbours reach is as it began
+        same = torch.equal(weight, untouched.get_parameter(name))
+        assert same == (".cross" in name or ".encoder." in name), name
+    with pytest.raises(FingerprintError):
+        train_retro(source, tokenizer, config, tmp_path / "alone", resume=True, quiet=True)
+
+
 def test_a_resumed_run_continues_identically(source, tokenizer, tmp_path):
     config = RetroTrainConfig(**SMALL, max_steps=12, save_every=4)
     settings = {"held_out": source, "quiet": True}
