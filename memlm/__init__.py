@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from memlm.models.tupe.config import TupeConfig as TupeConfig
     from memlm.models.tupe.heads import TupeForMaskedLM as TupeForMaskedLM
     from memlm.models.tupe.retrofit import untie_positions as untie_positions
+    from memlm.ops.middle_rule import MiddleConfig as MiddleConfig
     from memlm.positions.untied import UntiedPositions as UntiedPositions
     from memlm.retrieval.chunks import ChunkDatabase as ChunkDatabase
     from memlm.retrieval.dataset import RetroDataset as RetroDataset
@@ -85,6 +86,7 @@ _HOME = {
     "LongMemory": "memlm.memory.long",
     "MemlmError": "memlm.core.errors",
     "MemoryForCausalLM": "memlm.models.attach",
+    "MiddleConfig": "memlm.ops.middle_rule",
     "Mixture": "memlm.core.merges",
     "RetroConfig": "memlm.models.retro.config",
     "RetroDataset": "memlm.retrieval.dataset",

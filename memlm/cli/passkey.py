@@ -1,19 +1,19 @@
 """``memlm passkey``: does a model find a number that it was told long ago?"""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from memlm.cli.middle import MiddleOptions
 from memlm.cli.options import ModelOptions, show, write_result
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Method = Literal["vanilla", "window", "streaming-llm", "lm-infinite"]
+Method = Literal["vanilla", "window", "streaming-llm", "lm-infinite", "lm-infinite-middle"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passkey(ModelOptions):
+class Passkey(MiddleOptions, ModelOptions):
     """Hide numbers in long filler texts and ask MODEL for them: accuracy by length and depth."""
 
     lengths: tuple[int, ...]
@@ -25,12 +25,12 @@ class Passkey(ModelOptions):
     seed: int = 0
     """Of the keys, which are the same at every length and depth."""
     methods: tuple[Method, ...] = ("vanilla",)
-    """Ways to read a long text, to be compared."""
+    """Ways to read a long text, to be compared; the last one needs --middle."""
     window: int | None = None
     """Tokens seen at their true distance by all methods but vanilla (default: the length the \
 model was trained on)."""
     sinks: int = 10
-    """First tokens that stay visible, for streaming-llm and lm-infinite."""
+    """First tokens that stay visible, for streaming-llm and both lm-infinite."""
     batch_tokens: int = 32_768
     """Most tokens that are read side by side."""
     save: str | None = None
@@ -47,18 +47,23 @@ model was trained on)."""
 
         from memlm.core.threads import torch_threads
         from memlm.evaluation.passkey import PasskeyConfig, measure_passkey, plot
+        from memlm.evaluation.ways import reading
 
         config = PasskeyConfig(
             self.lengths, self.depths, self.samples, seed=self.seed, batch_tokens=self.batch_tokens
         )
+        middle = self.middle_tokens()
         model, tokenizer = self.load()
+        window = 0 if self.methods == ("vanilla",) else self._window(model)
         results = {}
         for method in self.methods:
-            with torch_threads(self.threads), self._prepared(model, method) as ready:
+            way = reading(model, method, window=window, sinks=self.sinks, middle=middle)
+            with torch_threads(self.threads), way as ready:
                 results[method] = measure_passkey(ready, tokenizer, config)
         values = {
-            "window": None if self.methods == ("vanilla",) else self._window(model),
+            "window": window or None,
             "sinks": self.sinks,
+            "middle": None if middle is None else middle.to_dict(),
             "methods": {method: result.to_dict() for method, result in results.items()},
         }
         write_result(self.save, values)
@@ -76,17 +81,3 @@ model was trained on)."""
         from memlm.models.trained_length import trained_length
 
         return self.window or trained_length(model)
-
-    def _prepared(
-        self, model: "PreTrainedModel", method: Method
-    ) -> "AbstractContextManager[PreTrainedModel]":
-        from memlm.models.extend import extended
-
-        if method == "vanilla":
-            return nullcontext(model)
-        return extended(
-            model,
-            window=self._window(model),
-            sinks=0 if method == "window" else self.sinks,
-            clamp="streaming" if method == "streaming-llm" else "causal",
-        )

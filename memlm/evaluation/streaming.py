@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.core.config import check
@@ -33,6 +34,7 @@ from memlm.evaluation.figures import panels
 from memlm.evaluation.reader import Reader
 from memlm.models.extend import is_extended
 from memlm.models.fingerprint import model_hash
+from memlm.models.middle_cache import MiddleLayer
 from memlm.models.running import EXTENDED
 from memlm.models.taps import body
 from memlm.models.window_file import load_window, save_window
@@ -212,6 +214,11 @@ def plot_points(points: Sequence[StreamPoint], path: Path | str) -> None:
     figure.savefig(path)
 
 
+def _middle(layer: Any) -> list[Tensor]:
+    """The middle tokens of a layer that has some, wherever they are."""
+    return list(layer.store.held().values()) if isinstance(layer, MiddleLayer) else []
+
+
 class _Run:
     """The sums of a stream, and where they are kept."""
 
@@ -245,7 +252,7 @@ class _Run:
             cache_bytes=sum(
                 part.numel() * part.element_size()
                 for layer in layers
-                for part in (layer.keys, layer.values, layer.positions)
+                for part in (layer.keys, layer.values, layer.positions, *_middle(layer))
             ),
             process_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
         )

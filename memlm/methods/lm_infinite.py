@@ -15,8 +15,8 @@ Settings of the paper's code: `window` is the training length (4096 for Llama 2)
 the limit is the window. That limit is one step more than the largest distance of training,
 which is ``window - 1``, as the paper's figure has it; here the code is followed.
 
-Not here: the top-k tokens of the middle. The code's slower path, a limit without the window, is
-`extend_context(..., middle="kept")`.
+By request only: middle tokens that queries select, `extend_context(..., middle=MiddleConfig(k))`;
+the code's slower path, a limit without the window, `extend_context(..., middle="kept")`.
 """
 
 from transformers import PreTrainedModel

@@ -10,6 +10,7 @@ With ``offload`` all of it is in the memory of the CPU, bounds included, so that
 the same after any length.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from memlm.ops.middle_attention import Blocks, bounds_of, middle_part, queries_a
 from memlm.ops.middle_rule import MiddleConfig
 from memlm.ops.parts import Part
 
+_STATE = ("key", "value", "bounds", "lengths")
 _WRITTEN = 64  # tokens at once, most, where there is a capacity
 
 
@@ -54,13 +56,14 @@ class MiddleStore:
             held = self.config.capacity + self.seen.window + _WRITTEN + self.spare
             slots = held // size + 2
         shape = (*key.shape[:2], slots + 1, size)
-        self.key, self.value = (
-            torch.zeros(*shape, part.shape[3], dtype=part.dtype, device=home)
-            for part in (key, value)
-        )
-        # single tokens are their own bounds
-        self.bounds = self.key.new_zeros(*shape[:3], 2 * key.shape[3] if size > 1 else 0)
-        self.lengths = torch.zeros(len(key), dtype=torch.long, device=home)
+        with torch.inference_mode(False):  # so that it can be written anywhere
+            self.key, self.value = (
+                torch.zeros(*shape, part.shape[3], dtype=part.dtype, device=home)
+                for part in (key, value)
+            )
+            # single tokens are their own bounds
+            self.bounds = self.key.new_zeros(*shape[:3], 2 * key.shape[3] if size > 1 else 0)
+            self.lengths = torch.zeros(len(key), dtype=torch.long, device=home)
         self.is_begun = True
 
     def attend(self, query: Tensor, new: Keys, **how: Any) -> Part | None:
@@ -93,24 +96,16 @@ class MiddleStore:
 
     def write(self, new: Keys) -> None:
         """Keep tokens, whose positions are -1 for padding."""
-        self._make_writable()
         size, home = self.config.block, self.key.device
         positions = new.positions.to(home)
-        self.lengths = torch.maximum(self.lengths, positions.amax(1) + 1)
+        self.lengths.clamp_(min=positions.amax(1) + 1)
         places = positions - self.seen.sinks
         if self.config.capacity is None:
             self._grow(int(places.max()) // size + 1)
         held = self.key.shape[2] - 1
         columns = torch.where(places >= 0, places % (held * size), held * size)
-        index = columns[:, None, :, None]
-        self.key, self.value = (
-            scattered(
-                kept.flatten(2, 3),
-                index.expand(-1, part.shape[1], -1, part.shape[3]),
-                part.to(home),
-            ).unflatten(2, (-1, size))
-            for kept, part in ((self.key, new.key), (self.value, new.value))
-        )
+        self.key = _put(self.key, columns, new.key.to(home))
+        self.value = _put(self.value, columns, new.value.to(home))
         if size > 1:
             self._bound(torch.where(places >= 0, places // size, -1))
 
@@ -126,13 +121,25 @@ class MiddleStore:
 
     def crop(self, count: int) -> None:
         """Take back the last ``count`` tokens, which are no padding in any row."""
-        self.lengths = (self.lengths - count).clamp(min=0)
+        self.lengths.sub_(count).clamp_(min=0)
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows ``rows`` ``(kept,)``, which may repeat."""
-        for name in ("key", "value", "bounds", "lengths"):
-            part = getattr(self, name)
-            setattr(self, name, part.index_select(0, rows.to(part.device)))
+        with torch.inference_mode(False):
+            self.put(
+                {name: x.index_select(0, rows.to(x.device)) for name, x in self.held().items()}
+            )
+
+    def held(self) -> dict[str, Tensor]:
+        """Every tensor of the state, by its name; nothing if nothing was written."""
+        return {name: getattr(self, name) for name in _STATE} if self.is_begun else {}
+
+    def put(self, held: Mapping[str, Tensor]) -> None:
+        """Take a state that ``held`` gave, on whatever device."""
+        for name in _STATE:
+            part = held[name]
+            setattr(self, name, part.cpu() if self.config.offload else part)
+        self.is_begun = True
 
     def _looks(self, query: Tensor, positions: Tensor, **how: Any) -> list[Part]:
         """Middle attention, a few queries at a time."""
@@ -165,10 +172,11 @@ class MiddleStore:
         if needed <= held:
             return
         more = max(needed, 2 * held) - held
-        self.key, self.value, self.bounds = (
-            torch.cat([part, part.new_zeros(*part.shape[:2], more, *part.shape[3:])], dim=2)
-            for part in (self.key, self.value, self.bounds)
-        )
+        with torch.inference_mode(False):
+            self.key, self.value, self.bounds = (
+                torch.cat([part, part.new_zeros(*part.shape[:2], more, *part.shape[3:])], dim=2)
+                for part in (self.key, self.value, self.bounds)
+            )
 
     def _bound(self, numbers: Tensor) -> None:
         """Bounds of the blocks ``numbers`` ``(rows, new)``, which have changed; -1: none."""
@@ -180,9 +188,10 @@ class MiddleStore:
         rows = torch.arange(len(slots), device=slots.device)[:, None]
         self.bounds[rows, :, slots] = bounds_of(self.key[rows, :, slots])
 
-    def _make_writable(self) -> None:
-        """What was made in inference mode cannot be written outside of it."""
-        if self.key.is_inference() and not torch.is_inference_mode_enabled():
-            self.key, self.value, self.bounds = (
-                part.clone() for part in (self.key, self.value, self.bounds)
-            )
+
+def _put(held: Tensor, columns: Tensor, new: Tensor) -> Tensor:
+    """``new`` ``(rows, heads, new, dim)`` put at ``columns`` of the tokens of all blocks."""
+    index = columns[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
+    tokens = held.flatten(2, 3)
+    written = scattered(tokens, index, new)
+    return held if written is tokens else written.unflatten(2, held.shape[2:4])

@@ -84,7 +84,7 @@ def middle_part(
         softcap: alike.
 
     Returns:
-        In float32 at least, on the device of ``query``.
+        In float32 at least, on the device of ``query``; zeros and -inf where nothing is seen.
     """
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     distance = seen.window // 2 if config.distance is None else config.distance
@@ -107,7 +107,8 @@ def middle_part(
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.masked_fill(~far, -torch.inf)
     lse = safe_logsumexp(scores)
-    weights = torch.softmax(scores.masked_fill(~far.any(-1, keepdim=True), 0.0), dim=-1)
+    empty = ~far.any(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
     return Part((weights[..., None, :] @ value).squeeze(-2), lse)
 
 

@@ -77,6 +77,16 @@ class MiddleConfig(Config):
             f"capacity must be None, or at least 1 and k, got {self.capacity} with k={self.k}",
         )
 
+    def describe(self) -> str:
+        """A few words of protocol."""
+        far = "half the window" if self.distance is None else str(self.distance)
+        last = "the last" if self.end_layer is None else str(self.end_layer - 1)
+        of = "" if self.capacity is None else f" of the {self.capacity} behind the window"
+        return (
+            f"{self.k} middle tokens{of} in blocks of {self.block} for {self.rule} query, at "
+            f"distance {far}, in layers {self.first_layer} to {last}"
+        )
+
     def layers(self, count: int) -> range:
         """Numbers of the layers, of ``count``, in which middle tokens are seen."""
         return range(count)[self.first_layer : self.end_layer]

@@ -11,8 +11,13 @@ INTERLEAVED = ("codegen", "cohere", "cohere2", "glm", "gptj")
 ALIBI = ("bloom", "mpt")
 
 
-def install(monkeypatch, extension_class, *, window, sinks, limit, streaming=False):
-    """Let every extended model compute attention by definition until the test ends."""
+def install(
+    monkeypatch, extension_class, *, window, sinks, limit, streaming=False, pinned=(), middle=None
+):
+    """Let every extended model compute attention by definition until the test ends.
+
+    ``middle``: a ``MiddleConfig`` with rule "every", for layers that do not slide.
+    """
 
     def attend(extension, layer, query, key, value, *, scale, softcap=None, **_):
         config, index = extension.model.config, layer.layer_idx
@@ -23,10 +28,17 @@ def install(monkeypatch, extension_class, *, window, sinks, limit, streaming=Fal
             sinks=0 if sliding else sinks,
             limit=limit,
             streaming=streaming,
+            pinned=() if sliding else pinned,
         )
         groups = query.shape[1] // key.shape[1]
         query, key, value = (x.double() for x in (query, key, value))
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        if middle is not None and not sliding and index in middle.layers(len(extension.layers)):
+            between = (distance >= window) & ~seen
+            at = window // 2 if middle.distance is None else middle.distance
+            distance = torch.where(between, at, distance)
+            one = rotated(query, torch.full((query.shape[2], 1), at), config, index)[..., 0, :]
+            seen = seen | (between & selected(one, key, window, sinks, middle))
         turned = rotated(query, distance, config, index)
         scores = (turned * key[:, :, None]).sum(-1) * scale
         scores = scores - slopes(config, query.shape[1])[:, None, None] * distance
@@ -38,17 +50,40 @@ def install(monkeypatch, extension_class, *, window, sinks, limit, streaming=Fal
     monkeypatch.setattr(extension_class, "attend", attend)
 
 
-def pairs(length, *, window, sinks, limit, streaming):
+def pairs(length, *, window, sinks, limit, streaming, pinned=()):
     """Which pairs ``(length, length)`` are seen, and at which distance."""
     places = torch.arange(length)
     distance = places[:, None] - places
-    far = (distance >= window) & (places < sinks)
+    fixed = places < sinks
+    for begin, end in pinned:
+        fixed = fixed | ((places >= begin) & (places < end))
+    far = (distance >= window) & fixed
     seen = ((distance >= 0) & (distance < window)) | far
     if streaming:
         fixed = places.clamp(max=sinks + window - 1)[:, None] - places
     else:
         fixed = distance.clamp(max=limit or length)
     return seen, torch.where(far, fixed, distance)
+
+
+def selected(query, key, window, sinks, middle):
+    """``(batch, heads, length, length)``: tokens of the blocks that each query selects."""
+    length, size = query.shape[2], middle.block
+    chosen = torch.zeros(*query.shape[:3], length, dtype=torch.bool)
+    for i in range(length):
+        begins = [b for b in range(sinks, length, size) if b <= i - window]
+        if middle.capacity is not None:
+            begins = [b for b in begins if i - b < window + middle.capacity]
+        if not begins:
+            continue
+        blocks = [key[:, :, b : b + size] for b in begins]
+        products = [(query[:, :, i, None] * x.amax(2, keepdim=True),
+                     query[:, :, i, None] * x.amin(2, keepdim=True)) for x in blocks]  # fmt: skip
+        bounds = torch.cat([torch.maximum(*pair).sum(-1) for pair in products], dim=-1)
+        best = bounds.topk(min(middle.k // size, len(begins))).indices
+        for slot, b in enumerate(begins):
+            chosen[:, :, i, b : b + size] = (best == slot).any(-1)[..., None]
+    return chosen
 
 
 def layer_type(config, index):
