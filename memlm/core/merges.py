@@ -48,10 +48,19 @@ class Gate(Config):
             check(math.isfinite(value), f"{name} must be a finite number, got {value}")
 
 
-Merge = Union | Mixture | Gate
+@dataclass(frozen=True)
+class Shares(Config):
+    """Several memories, each with a weight of its own: ``(1 - sum lam_i) p_model + sum lam_i p_i``.
+
+    The weights belong to the memory, a `memlm.memory.together.Together` with ``lams``: what it says
+    of a token is the logarithm of ``sum lam_i p_i`` already.
+    """
+
+
+Merge = Union | Mixture | Gate | Shares
 
 
 def merge_from_dict(values: dict) -> Merge:
     """The merge that ``to_dict`` wrote."""
-    kinds = {"Union": Union, "Gate": Gate}
+    kinds = {"Union": Union, "Gate": Gate, "Shares": Shares}
     return kinds.get(values.get("kind", ""), Mixture).from_dict(values)

@@ -74,7 +74,10 @@ def memory_line(protocol: Mapping[str, Any], stats: Mapping[str, Any] | None = N
 def _memory_words(memory: Mapping[str, Any]) -> str:
     """Kind, settings and recall; of several memories, those of each."""
     members = memory.get("members", [memory])
-    return "memory " + " + ".join(_member_words(member) for member in members)
+    words = [_member_words(member) for member in members]
+    if lams := memory.get("lams"):
+        words = [f"{word}, lam={lam:g}" for word, lam in zip(words, lams, strict=True)]
+    return "memory " + " + ".join(words)
 
 
 def _member_words(memory: Mapping[str, Any]) -> str:

@@ -2,11 +2,21 @@
 
     candidates = those of all members            lse = logsumexp over the members' lse
 
+With weights, each member's candidates are normalised first, and the memory says
+
+    sum_i lam_i p_i(token)
+
+which the merge `Shares` puts beside ``1 - sum_i lam_i`` of the model: several datastores in one
+model, each with a weight of its own. Their order does not matter; a member that has no candidate
+gives its weight back to the model, as if it were not there.
+
 Union is associative, so under the merge `Union` the members and the model's vocabulary share one
 softmax: TRIME's local, long-term and external memory (Zhong et al. 2022, eq. 4). Each member
 divides by its own temperature and keeps its own state; the state of all is a tuple.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +25,7 @@ from torch import Tensor
 from memlm.core.config import check
 from memlm.core.types import Candidates, TargetPartial, TokenMemory
 from memlm.memory.windows import Window, is_windowed
+from memlm.ops.logsumexp import safe_logsumexp
 from memlm.ops.merge import union
 
 
@@ -23,18 +34,29 @@ class Together:
 
     Args:
         members: at least one.
+        lams: weight of each, from 0, together 1 at most; None: one softmax over all candidates.
 
     Attributes:
         members: as given.
+        lams: as given.
         store: of the first member that has one (it says which model the keys are of).
 
     Raises:
-        InputError: if there is none.
+        InputError: if there is none, or the weights are not one each and at most 1 together.
     """
 
-    def __init__(self, *members: TokenMemory):
+    def __init__(self, *members: TokenMemory, lams: Sequence[float] | None = None):
         check(len(members) >= 1, "Together needs at least one memory, got none")
         self.members = members
+        self.lams = None if lams is None else tuple(float(lam) for lam in lams)
+        if self.lams is not None:
+            check(
+                len(self.lams) == len(members)
+                and min(self.lams) >= 0
+                and sum(self.lams) <= 1 + 1e-9,
+                f"lams must be {len(members)} weights from 0, one for each memory, of sum 1 at "
+                f"most, got {self.lams}",
+            )
         stores = [member.store for member in members if hasattr(member, "store")]  # type: ignore[attr-defined]
         if stores:
             self.store: Any = stores[0]
@@ -53,6 +75,8 @@ class Together:
         """
         answers = [member.read(query, own) for member, own in self._each(state)]
         parts = [candidates for candidates, _ in answers]
+        if self.lams is not None:
+            parts = [_weighted(*pair) for pair in zip(parts, self.lams, strict=True)]
         joined = Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
         return joined, self._state([own for _, own in answers], state)
 
@@ -152,7 +176,10 @@ class Together:
 
     def describe(self) -> dict[str, Any]:
         """The members' descriptions."""
-        return {"memory": "together", "members": [member.describe() for member in self.members]}
+        described: dict[str, Any] = {"memory": "together"}
+        if self.lams is not None:
+            described["lams"] = list(self.lams)
+        return described | {"members": [member.describe() for member in self.members]}
 
     def _each(self, state: Any) -> list[tuple[TokenMemory, Any]]:
         states = (None,) * len(self.members) if state is None else state
@@ -163,4 +190,28 @@ class Together:
 
     def _union(self, partials: list[TargetPartial]) -> TargetPartial:
         dtype = max((part.lse.dtype for part in partials), key=lambda dtype: dtype.itemsize)
-        return union(*(TargetPartial(*(half.to(dtype) for half in part)) for part in partials))
+        parts = [TargetPartial(*(half.to(dtype) for half in part)) for part in partials]
+        if self.lams is not None:
+            parts = [_weighted_partial(*pair) for pair in zip(parts, self.lams, strict=True)]
+        return union(*parts)
+
+
+def _weighted(candidates: Candidates, lam: float) -> Candidates:
+    """The candidates with scores ``log(lam p)``; none where the weight is zero."""
+    if lam == 0:
+        return candidates._replace(valid=torch.zeros_like(candidates.valid))
+    scores = candidates.scores.masked_fill(~candidates.valid, -torch.inf)
+    claimed = safe_logsumexp(scores).unsqueeze(-1)
+    claimed = claimed.masked_fill(torch.isneginf(claimed), 0)
+    return candidates._replace(scores=scores - claimed + math.log(lam))
+
+
+def _weighted_partial(partial: TargetPartial, lam: float) -> TargetPartial:
+    """``log lam`` and ``log(lam p(target))``; -inf for both where there is no candidate."""
+    empty = torch.isneginf(partial.lse) | (lam == 0)
+    logarithm = math.log(lam) if lam else 0.0
+    share = partial.target_lse - partial.lse.masked_fill(empty, 0) + logarithm
+    return TargetPartial(
+        lse=torch.full_like(partial.lse, logarithm).masked_fill(empty, -torch.inf),
+        target_lse=share.masked_fill(empty, -torch.inf),
+    )

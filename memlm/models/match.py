@@ -41,7 +41,7 @@ def check_match(
 
     Args:
         model: the base model.
-        memory: with or without a store.
+        memory: with or without a store; of several memories, all are compared.
         tap: where the model's queries will be read.
         tokenizer: compared too, if given.
         verify: compare the model's fingerprint, which reads all its weights.
@@ -49,9 +49,22 @@ def check_match(
     Raises:
         FingerprintError: naming what differs, and both values.
     """
-    identity = identity_of(memory)
-    if identity is None:
-        return
+    seen: list[Any] = []
+    for member in getattr(memory, "members", (memory,)):
+        identity = identity_of(member)
+        if identity is not None and identity not in seen:
+            seen.append(identity)
+            _check_identity(model, member, identity, tap, tokenizer, verify)
+
+
+def _check_identity(
+    model: PreTrainedModel,
+    memory: TokenMemory,
+    identity: Any,
+    tap: Tap,
+    tokenizer: Any,
+    verify: bool,
+) -> None:
     store = getattr(memory, "store", None)
     name = f"the store {getattr(store, 'path', '')}".rstrip()
     if identity.tap not in _UNKNOWN and identity.tap != tap.name:

@@ -106,6 +106,7 @@ def write_memory(memory: TokenMemory, directory: str) -> dict[str, Any]:
     saved: dict[str, Any] = {"description": memory.describe()}
     if isinstance(memory, Together):
         saved["members"] = [write_memory(member, directory) for member in memory.members]
+        saved["lams"] = None if memory.lams is None else list(memory.lams)
         return saved
     if isinstance(memory, LocalMemory | LongMemory):
         saved["settings"] = memory.to_dict()
@@ -138,7 +139,8 @@ def load_memory(
         FingerprintError: if it is another store.
     """
     if members := saved.get("members"):
-        return Together(*(load_memory(member, directory, store) for member in members))
+        loaded = [load_memory(member, directory, store) for member in members]
+        return Together(*loaded, lams=saved.get("lams"))
     settings = saved.get("settings", {})
     kind = settings.get("kind")
     for dense in (LocalMemory, LongMemory):

@@ -15,9 +15,12 @@ so that ``log p(y) = target_lse - lse``. Ways to merge:
   ``p = (1 - lam) p_model + lam p_memory``.
 * `gate` is a mixture with ``lam = sigmoid(slope * (lse_memory - lse_model) + bias)``; its slope of
   1 without bias is the union, its slope of 0 the mixture.
+* `shares` is a mixture whose weights the memory brings: its scores are logarithms of
+  ``sum_i lam_i p_i`` over several memories, so ``p = (1 - sum_i lam_i) p_model + sum_i lam_i p_i``.
 
-All exist for known targets (`union`, `mixture`, `gate`) and for vocabulary rows (`union_logits`,
-`mixture_logits`, `gate_logits`). Rows are unnormalised log-scores: they sum to one after a softmax.
+All exist for known targets (`union`, `mixture`, `gate`, `shares`) and for vocabulary rows
+(`union_logits`, `mixture_logits`, `gate_logits`, `shares_logits`). Rows are unnormalised
+log-scores: they sum to one after a softmax.
 
 Differs from the papers' code: a row with ``lam = 0`` or without any candidate is the model's own,
 bit for bit (the originals lose the mass lam there), and empty rows carry no NaN gradient.
@@ -28,10 +31,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memlm.core.errors import InputError
-from memlm.core.merges import Gate, Merge, Union
+from memlm.core.merges import Gate, Merge, Shares, Union
 from memlm.core.types import Candidates, TargetPartial
 from memlm.ops.logsumexp import safe_log, safe_logaddexp, safe_logsumexp
 from memlm.ops.tokens import token_log_scores
+
+_ROUNDING = 1e-4  # by which weights may seem to sum to more than one
 
 
 def union(*parts: TargetPartial) -> TargetPartial:
@@ -92,6 +97,24 @@ def gate(
     odds = _log_odds(slope, bias, base.lse, memory.lse)
     asked = torch.ones_like(odds, dtype=torch.bool)
     return _mixed(asked, F.logsigmoid(-odds), F.logsigmoid(odds), base, memory)
+
+
+def shares(base: TargetPartial, memory: TargetPartial) -> TargetPartial:
+    """Interpolate with the weights that the memory brings, see `memlm.core.merges.Shares`.
+
+    Args:
+        base: the model's partial.
+        memory: ``lse`` is the logarithm of the weights' sum, ``target_lse`` that of
+            ``sum_i lam_i p_i(target)``; queries it has no candidate for keep ``base``.
+
+    Returns:
+        As `mixture`.
+
+    Raises:
+        InputError: if the shapes differ, or the weights sum to more than one.
+    """
+    log_rest, log_lam = _shared(memory.lse)
+    return _mixed(torch.ones_like(log_lam, dtype=torch.bool), log_rest, log_lam, base, memory)
 
 
 def _mixed(
@@ -163,6 +186,34 @@ def gate_logits(slope: float, bias: float, logits: Tensor, candidates: Candidate
     return _mixed_rows(asked, F.logsigmoid(-odds), F.logsigmoid(odds), logits, scores, normaliser)
 
 
+def shares_logits(logits: Tensor, candidates: Candidates) -> Tensor:
+    """Vocabulary rows of `shares`, as log-probabilities where the memory speaks.
+
+    Args:
+        logits: ``(queries, vocab)`` of the model.
+        candidates: of the same queries, with scores as `shares` wants them.
+
+    Returns:
+        As `mixture_logits`.
+    """
+    logits, scores = _rows(logits, candidates)
+    normaliser = safe_logsumexp(scores)
+    log_rest, log_lam = _shared(normaliser)
+    asked = torch.ones_like(log_lam, dtype=torch.bool)
+    return _mixed_rows(asked, log_rest, log_lam, logits, scores, normaliser)
+
+
+def _shared(lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Logarithms of the model's and the memories' weights, from what the memories claim."""
+    if bool((lse > _ROUNDING).any()):
+        raise InputError(
+            "under Shares a memory says logarithms of weighted probabilities, which sum to one at "
+            f"most, got {float(lse.exp().max()):.3g}; give weights: Together(a, b, lams=(0.2, 0.1))"
+        )
+    claimed = lse.clamp(max=0)
+    return safe_log(-torch.expm1(claimed)), claimed
+
+
 def _rows(logits: Tensor, candidates: Candidates) -> tuple[Tensor, Tensor]:
     """Logits and the memory's token scores, in one dtype of at least float32."""
     scores = token_log_scores(candidates, logits.shape[-1])
@@ -193,6 +244,8 @@ def merge_target(merge: Merge, base: TargetPartial, memory: TargetPartial) -> Ta
         return union(base, memory)
     if isinstance(merge, Gate):
         return gate(merge.slope, merge.bias, base, memory)
+    if isinstance(merge, Shares):
+        return shares(base, memory)
     return mixture(merge.lam, base, memory)
 
 
@@ -202,6 +255,8 @@ def merge_logits(merge: Merge, logits: Tensor, candidates: Candidates) -> Tensor
         return union_logits(logits, candidates)
     if isinstance(merge, Gate):
         return gate_logits(merge.slope, merge.bias, logits, candidates)
+    if isinstance(merge, Shares):
+        return shares_logits(logits, candidates)
     return mixture_logits(merge.lam, logits, candidates)
 
 
