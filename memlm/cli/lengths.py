@@ -1,9 +1,12 @@
 """The part of ``memlm evaluate`` that measures perplexity against length."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from memlm.cli.middle import MiddleOptions
 from memlm.cli.options import show, write_result
+from memlm.cli.parts import PartOptions
+from memlm.core.processes import rank_and_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -16,6 +19,7 @@ Method = Literal[
     "window",
     "streaming-llm",
     "lm-infinite",
+    "lm-infinite-middle",
     "linear",
     "dynamic",
     "yarn",
@@ -23,7 +27,7 @@ Method = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class LengthOptions:
+class LengthOptions(MiddleOptions, PartOptions):
     """What is compared when --length names several lengths."""
 
     methods: tuple[Method, ...] = (
@@ -35,7 +39,8 @@ class LengthOptions:
         "dynamic",
         "yarn",
     )
-    """Several lengths: ways to read a long text; the last three names are rotary scalings."""
+    """Several lengths: ways to read a long text; lm-infinite-middle needs --middle, the last \
+three names are rotary scalings."""
     window: int | None = None
     """Several lengths: tokens seen at their true distance (default: the length the model was \
 trained on)."""
@@ -66,19 +71,22 @@ square (default: all)."""
         from memlm.evaluation.length import LengthConfig, measure_lengths, plot
         from memlm.models.trained_length import trained_length
 
+        side: Any = self.truncation_side or "left"
         config = LengthConfig(
             lengths=lengths,
             window=self.window or trained_length(model),
             sinks=self.sinks,
+            middle=self.middle_tokens(),
             methods=self.methods,
             pieces=self.pieces,
             scored=self.scored,
             full_limit=self.full_limit,
+            side=side,
         )
         with torch_threads(threads):
             curve = measure_lengths(model, corpus.tokens, config)
         write_result(save, curve.to_dict())
-        if self.plot is not None:
+        if self.plot is not None and rank_and_size()[0] == 0:
             plot({str(model.config.name_or_path): curve}, self.plot)
         show(curve.to_dict(), curve.table(), as_json=as_json)
         return 0

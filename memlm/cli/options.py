@@ -4,6 +4,7 @@ Torch-free: heavy imports happen inside the methods, after the command line has 
 """
 
 import json
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from tyro.conf import Positional, arg
 
 from memlm.core.errors import InputError
+from memlm.core.processes import rank_and_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from memlm.core.merges import Merge
+    from memlm.core.merges import Merge, Mixture
     from memlm.core.types import Index, TokenMemory
     from memlm.data.tokens import TokenCorpus
     from memlm.data.windows import Windows
@@ -42,6 +44,9 @@ class ModelOptions:
     """Folder or Hub id of a Hugging Face causal language model."""
     device: str = "auto"
     """Where it runs: "auto" takes the GPU if there is one, else the CPU."""
+    device_map: str | None = None
+    """Instead of --device: "auto" spreads a large model over all devices, memory and disk \
+(accelerate)."""
     threads: int | None = None
     """CPU threads (default: as torch chooses)."""
 
@@ -51,7 +56,7 @@ class ModelOptions:
         Raises:
             InputError: if either cannot be loaded.
         """
-        return load_model(self.model, self.device), load_tokenizer(self.model)
+        return load_model(self.model, self.device, self.device_map), load_tokenizer(self.model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +245,42 @@ once, with that much added to the score of entries that a pointer leads to."""
         )
 
 
-def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
+@dataclass(frozen=True, kw_only=True)
+class InterpolationOptions(MemoryOptions):
+    """A memory, and its datastore once more."""
+
+    interpolate: Annotated[tuple[float, float] | None, arg(metavar="LAM TEMPERATURE")] = None
+    """trime: mix the datastore into the result once more, with this weight and a temperature of \
+its own, which divides the dot products."""
+
+    def interpolated(self, memory: Any) -> "tuple[KnnMemory, Mixture] | None":
+        """The datastore once more, and its weight; None if that was not asked for.
+
+        Args:
+            memory: from ``memory``.
+
+        Raises:
+            InputError: if there is no datastore under one softmax with the model.
+        """
+        from memlm.core.merges import Mixture
+
+        if self.interpolate is None:
+            return None
+        self.check_interpolation()
+        lam, temperature = self.interpolate
+        external = memory.members[-1]  # with its index, which is not opened again
+        return external.changed(external.k, temperature), Mixture(lam)
+
+    def check_interpolation(self) -> None:
+        """Raise InputError if something is to be mixed in once more that there is not."""
+        if self.interpolate is not None and (self.method != "trime" or self.store is None):
+            raise InputError(
+                "--interpolate mixes TRIME's datastore in once more, so it needs --method trime "
+                f"and --store, got {self.method or 'knn'} and {self.store or 'no store'}"
+            )
+
+
+def load_model(name: str, device: str = "auto", device_map: str | None = None) -> "PreTrainedModel":
     """A causal language model in the precision of its checkpoint.
 
     Raises:
@@ -255,10 +295,12 @@ def load_model(name: str, device: str = "auto") -> "PreTrainedModel":
 
     disable_progress_bar()
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        # of several processes each takes the GPU of its number
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto")
-        return model.to(device).eval()
+        placed = {} if device_map is None else {"device_map": device_map}
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **placed)
+        return (model if placed else model.to(device)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
             f"the model must be a folder or Hub id of a causal language model, got {name!r}: "
@@ -284,7 +326,9 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 def show(value: dict[str, Any], text: Any, *, as_json: bool) -> None:
-    """Print a result: machine-readable on request, else for a person."""
+    """Print a result: machine-readable on request, else for a person; once for all processes."""
+    if rank_and_size()[0] > 0:
+        return
     if as_json:
         sys.stdout.write(json.dumps(value, indent=2) + "\n")
         return
@@ -296,8 +340,8 @@ def show(value: dict[str, Any], text: Any, *, as_json: bool) -> None:
 
 
 def write_result(path: str | None, value: dict[str, Any]) -> None:
-    """Keep a result as JSON if a path was given."""
-    if path is not None:
+    """Keep a result as JSON if a path was given; once for all processes."""
+    if path is not None and rank_and_size()[0] == 0:
         from memlm.core.files import write_json
 
         target = Path(path)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
+from memlm.cli.middle import MiddleOptions
 from memlm.cli.options import ModelOptions, show, write_result
 
 if TYPE_CHECKING:
@@ -19,7 +20,7 @@ _HEAD = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Stream(ModelOptions):
+class Stream(MiddleOptions, ModelOptions):
     """Read TEXT again and again with MODEL and a rolling window (LM-Infinite): running perplexity,
     latency and memory. With --out the same command goes on where it was interrupted.
     """
@@ -59,18 +60,24 @@ class Stream(ModelOptions):
         import sys
         from dataclasses import asdict
 
+        from memlm.core.processes import refuse_several
         from memlm.core.threads import torch_threads
         from memlm.evaluation.streaming import plot_points, read_points
         from memlm.models.extend import extend_context
         from memlm.models.trained_length import trained_length
 
+        refuse_several("memlm stream")
         model, tokenizer = self.load()
         window = self.window or trained_length(model)
         clamp = "streaming" if self.positions == "streaming" else "causal"
-        extend_context(model, window=window, sinks=self.sinks, clamp=clamp)
+        middle = self.middle_tokens()
+        extend_context(
+            model, window=window, sinks=self.sinks, clamp=clamp, middle=middle or "dropped"
+        )
         protocol = (
-            f"window {window}, {self.sinks} sinks ({self.positions}); every token but the first "
-            "is scored; natural log"
+            f"window {window}, {self.sinks} sinks ({self.positions})"
+            + (f", {middle.describe()}" if middle else "")
+            + "; every token but the first is scored; natural log"
         )
         if not self.json:
             show({}, f"{protocol}\n{_HEAD}", as_json=False)

@@ -40,7 +40,14 @@ class _Read(NamedTuple):
 
 
 def ask_by_window(
-    plan: Pass, memory: Any, watch: Stopwatch, first: Integers, last: Integers, together: int
+    plan: Pass,
+    memory: Any,
+    watch: Stopwatch,
+    first: Integers,
+    last: Integers,
+    together: int,
+    *,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Rows, TargetPartial]]:
     """Every scored token once, with what a windowed memory says about it.
 
@@ -51,18 +58,25 @@ def ask_by_window(
         first: ``(chains,)`` the first window of each text.
         last: ``(chains,)`` one past its last.
         together: texts read side by side.
+        share: (i, n) takes every n-th batch or group of texts, from the i-th on.
     """
     if not getattr(memory, "spans_windows", False):
-        for scored in plan.run(watch):
+        numbers = np.concatenate([np.arange(*span) for span in zip(first, last, strict=True)])
+        for scored in plan.run(watch, numbers, share=share):
             with watch.measure("memory"):
                 state = memory.init_state(len(scored.batch.windows))
                 partial = memory.score_window(_window(scored, plan.table), state)[0]
             yield scored.rows, partial
         return
     longest = np.argsort(first - last, kind="stable")
-    for start in range(0, len(longest), together):
-        group = longest[start : start + together]
+    for group in deal(longest, together, share):
         yield from _side_by_side(plan, memory, watch, first[group].copy(), last[group])
+
+
+def deal(texts: Integers, together: int, share: tuple[int, int]) -> Iterator[Integers]:
+    """Groups of at most ``together`` texts, of which (i, n) takes every n-th from the i-th on."""
+    for start in range(share[0] * together, len(texts), share[1] * together):
+        yield texts[start : start + together]
 
 
 def _side_by_side(

@@ -10,16 +10,19 @@ it stands the average over *all* tokens of the pieces (``cumulative``), whose ta
 
 The methods: the model as it is; truncation (it reads only the last `window` tokens of a piece);
 Lambda attention without sinks (a plain window), with StreamingLLM's positions, and LM-Infinite's;
-rotary scalings to n. Source: LM-Infinite (Han et al. 2024), section 4.2, whose figure plots
+rotary scalings to n. Several processes share the batches of pieces.
+
+Source: LM-Infinite (Han et al. 2024), section 4.2, whose figure plots
 position against loss and whose table has ppl@n.
 """
 
 import math
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Self
+from itertools import chain, zip_longest
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -30,14 +33,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from memlm.core.config import Config, check
+from memlm.core.processes import gather, rank_and_size
 from memlm.core.progress import bar
+from memlm.data.slices import truncate
 from memlm.evaluation.figures import panels
 from memlm.evaluation.reader import enough_positions, read_whole
-from memlm.models.extend import extended
+from memlm.evaluation.ways import WAYS, reading
 from memlm.models.rope_scaling import SCALINGS, scaled_rope
+from memlm.ops.middle_rule import MiddleConfig
 
 _FULL = ("vanilla", *SCALINGS)
-METHODS = ("vanilla", "truncation", "window", "streaming-llm", "lm-infinite", *SCALINGS)
+METHODS = (WAYS[0], "truncation", *WAYS[1:], *SCALINGS)
 
 
 @dataclass(frozen=True)
@@ -48,24 +54,30 @@ class LengthConfig(Config):
         lengths: of the pieces, in tokens.
         window: of the methods that have one, and of truncation.
         sinks: first tokens that stay visible.
+        middle: tokens that a query selects, for lm-infinite-middle.
         methods: some of ``METHODS``.
         pieces: how many.
         scored: tokens at the end of each piece that are the same for all lengths.
         full_limit: longest piece for the methods of full attention, whose time grows with its
             square; None: all.
         batch_tokens: most tokens that are read side by side.
+        side: what truncation cuts off: ``"left"``, the beginning, or ``"center"``.
     """
 
     lengths: tuple[int, ...]
     window: int
     sinks: int = 10
+    middle: MiddleConfig | None = None
     methods: tuple[str, ...] = ("vanilla", "truncation", "window", "streaming-llm", "lm-infinite")
     pieces: int = 8
     scored: int = 128
     full_limit: int | None = None
     batch_tokens: int = 32_768
+    side: Literal["left", "center"] = "left"
 
     def __post_init__(self) -> None:
+        if isinstance(self.middle, Mapping):  # from JSON
+            object.__setattr__(self, "middle", MiddleConfig.from_dict(self.middle))
         check(len(self.lengths) > 0, "a measurement needs at least one length, got none")
         check(
             min(self.lengths) > self.scored >= 1,
@@ -76,6 +88,16 @@ class LengthConfig(Config):
             self.window > self.scored or "truncation" not in self.methods,
             f"truncation to {self.window} tokens must leave some before the {self.scored} scored "
             "ones; score fewer",
+        )
+        check(
+            self.side in ("left", "center"),
+            f"truncation must keep the scored end of a piece, so side must be left or center, got "
+            f"{self.side!r}",
+        )
+        check(
+            self.side == "left" or self.window - self.window // 2 > self.scored,
+            f"half of the {self.window} tokens of a truncation in the centre must exceed the "
+            f"{self.scored} scored ones; score fewer",
         )
         unknown = [name for name in self.methods if name not in METHODS]
         check(not unknown, f"methods must be among {', '.join(METHODS)}, got {unknown}")
@@ -142,10 +164,11 @@ class LengthCurve:
     def describe(self) -> str:
         """One line of protocol."""
         config = self.config
+        middle = f", {config.middle.describe()}" if config.middle else ""
         return (
             f"perplexity of the last {config.scored} tokens of {len(self.ends)} pieces, the same "
-            f"at every length; window {config.window}, {config.sinks} sinks; per token, natural "
-            "log"
+            f"at every length; window {config.window}, {config.sinks} sinks{middle}; per token, "
+            "natural log"
         )
 
     def table(self) -> Group:
@@ -196,7 +219,8 @@ def measure_lengths(
         if method not in _FULL or length <= (config.full_limit or length)
     ]
     total = sum(length for _, length in plan) * len(ends)
-    with bar(total, label="lengths", unit="token", quiet=not progress) as shown:
+    quiet = not progress or rank_and_size()[0] > 0
+    with bar(total, label="lengths", unit="token", quiet=quiet) as shown:
         for method, length in plan:
             points.append(_measure(model, stream, ends, method, length, config))
             shown.update(length * len(ends))
@@ -212,12 +236,17 @@ def _measure(
     config: LengthConfig,
 ) -> LengthPoint:
     read = min(length, config.window) if method == "truncation" else length
-    pieces = torch.stack([stream[end - read : end] for end in ends])
-    rows = max(1, config.batch_tokens // read)
+    whole = [stream[end - length : end].tolist() for end in ends]
+    pieces = torch.tensor([truncate(piece, read, config.side) for piece in whole])
+    rows, (rank, size) = max(1, config.batch_tokens // read), rank_and_size()
     start = time.perf_counter()
     with enough_positions(model, read), _prepared(model, method, length, config) as ready:
-        losses = torch.cat([read_whole(ready, part).cpu() for part in pieces.split(rows)])
-    seconds = time.perf_counter() - start
+        mine = [read_whole(ready, part).cpu() for part in pieces.split(rows)[rank::size]]
+    dealt = gather((mine, time.perf_counter() - start))
+    # dealt like cards: the first batch of every process, then the second ...
+    batches = chain.from_iterable(zip_longest(*(parts for parts, _ in dealt)))
+    losses = torch.cat([batch for batch in batches if batch is not None])
+    seconds = max(spent for _, spent in dealt)
     means = losses[:, -config.scored :].mean(1)
     return LengthPoint(
         method=method,
@@ -232,16 +261,10 @@ def _measure(
 def _prepared(
     model: PreTrainedModel, method: str, length: int, config: LengthConfig
 ) -> AbstractContextManager[PreTrainedModel]:
-    window = config.window
-    if method == "window":
-        return extended(model, window=window, sinks=0)
-    if method == "streaming-llm":
-        return extended(model, window=window, sinks=config.sinks, clamp="streaming")
-    if method == "lm-infinite":
-        return extended(model, window=window, sinks=config.sinks)
     if method in SCALINGS:
         return scaled_rope(model, method, length)
-    return nullcontext(model)
+    way = WAYS[0] if method == "truncation" else method
+    return reading(model, way, window=config.window, sinks=config.sinks, middle=config.middle)
 
 
 def plot(curves: Mapping[str, LengthCurve], path: str) -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +28,7 @@ from memlm.data.batches import IGNORED, Batch, make_batch, plan_batches
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import Windows, WindowTable
 from memlm.models.head import Head, find_head
-from memlm.models.running import check_length
+from memlm.models.running import check_length, device_of
 from memlm.models.taps import Tap, body, capture, find_tap, reached
 
 
@@ -143,7 +144,13 @@ class Pass:
     head: Head
     tap: Tap
 
-    def run(self, watch: Stopwatch, numbers: NDArray[np.int64] | None = None) -> Iterator[Scored]:
+    def run(
+        self,
+        watch: Stopwatch,
+        numbers: NDArray[np.int64] | None = None,
+        *,
+        share: tuple[int, int] = (0, 1),
+    ) -> Iterator[Scored]:
         """The scored rows, batch by batch; the time goes to ``watch`` under ``"model"``.
 
         The caller keeps gradients off and the model in evaluation mode (`frozen`).
@@ -151,12 +158,14 @@ class Pass:
         Args:
             watch: for the time.
             numbers: ``(windows,)`` which windows to read; None: all.
+            share: (i, n) reads the batches i, i + n, i + 2 n, ... of these windows only.
         """
-        inner, device = body(self.model), self.model.device
+        inner, device = body(self.model), device_of(self.model)
         final = find_tap(self.model, "final")
         chosen = np.arange(self.table.windows) if numbers is None else numbers
         table = WindowTable(*(column[chosen] for column in self.table))
-        for batch_of in plan_batches(table, batch_tokens=self.batch_tokens):
+        batches = plan_batches(table, batch_tokens=self.batch_tokens)
+        for batch_of in islice(batches, share[0], None, share[1]):
             numbers = chosen[batch_of]
             made = make_batch(self.corpus, self.table, numbers)
             batch = Batch(made.input_ids.to(device), made.targets.to(device), made.windows)

@@ -12,6 +12,10 @@ Source: kNN-LM (Khandelwal et al. 2020, eq. 3 and section 4), and the sliding-wi
 the Hugging Face documentation. How a memory with state walks is in `memlm.evaluation.walk`. Differs
 from the papers' code: the perplexity is token-weighted, state is never carried over from unrelated
 text, and no result depends on the order or size of batches beyond floating-point rounding.
+
+Several processes (`memlm.core.processes`) share the batches, or the groups of texts that a memory
+with state walks. Every process has the whole result in the end, and it is that of one process to
+the last bit: batches and groups are the same, and sums are made in the order of the text.
 """
 
 import platform
@@ -24,6 +28,7 @@ from transformers import PreTrainedModel
 
 from memlm.core.config import check
 from memlm.core.merges import Merge, Mixture
+from memlm.core.processes import gather, rank_and_size
 from memlm.core.progress import bar
 from memlm.core.threads import torch_threads
 from memlm.core.types import TokenMemory
@@ -43,7 +48,7 @@ from memlm.index.metrics import check_choice
 from memlm.models.attach import MemoryForCausalLM
 from memlm.models.fingerprint import model_hash
 from memlm.models.match import check_match, stored_tap
-from memlm.models.running import frozen
+from memlm.models.running import device_of, frozen
 from memlm.ops.merge import merge_target
 
 BATCH_TOKENS = 8192
@@ -108,11 +113,12 @@ def evaluate(
     """
     if isinstance(model, MemoryForCausalLM):
         check(
-            memory is None and merge is None and tap == "auto",
+            memory is None and merge is None and interpolate is None and tap == "auto",
             "a model with a memory attached brings its own memory, merge and tap, got others "
             "beside it; pass them with model.detach()",
         )
-        model, memory, merge, tap = model.detach(), model.memory, model.merge, model.tap.name
+        memory, merge, tap = model.memory, model.merge, model.tap.name
+        model, interpolate = model.detach(), model.interpolate
     check(
         memory is not None or merge is None,
         f"a merge needs a memory, got {merge!r} without one; pass memory=... or no merge",
@@ -138,7 +144,7 @@ def evaluate(
     )
     check(walk_rows >= 1, f"walk_rows must be at least 1 document, got {walk_rows}")
     merge = Mixture() if merge is None and memory is not None else merge
-    watch = Stopwatch(model.device)
+    watch = Stopwatch(device_of(model))
     with frozen(model), torch_threads(threads), watch.measure("total"):
         plan = plan_pass(
             model,
@@ -151,9 +157,13 @@ def evaluate(
             check_match(model, memory, plan.tap)
         if interpolate is not None:
             check_match(model, interpolate[0], plan.tap)
-        sums, figures = _Sums(plan, keep_tokens), Figures()
+        sums, figures = _Sums(plan), Figures()
+        share = rank_and_size()
         with bar(
-            int(plan.table.targets.sum()), label="evaluate", unit="token", quiet=not progress
+            int(plan.table.targets.sum()) // share[1],
+            label="evaluate",
+            unit="token",
+            quiet=not progress or share[0] > 0,
         ) as shown:
             for rows, recalled in recall(
                 plan,
@@ -164,6 +174,7 @@ def evaluate(
                 walk_rows=walk_rows,
                 own=own,
                 skip_above=skip_above,
+                share=share,
             ):
                 partial = rows.base
                 if recalled is not None and merge is not None:
@@ -176,8 +187,13 @@ def evaluate(
                             partial = merge_target(weight, partial, again)
                 sums.add(rows, log_probabilities(partial, rows.places, corpus))
                 shown.update(len(rows.places))
-        documents = document_sums(corpus, sums.nll, sums.tokens)
+        sums.join()
+        figures.join()
+        nll, tokens, window_nll = sums.totals()
+        documents = document_sums(corpus, nll, tokens)
         protocol = protocol_of(plan, windows, documents, memory, merge, carry)
+    if share[1] > 1:
+        protocol["processes"] = share[1]
     if memory is not None:
         protocol["without_candidates"] = sums.empty
         protocol["left_out_of_memory"] = leave_out
@@ -190,42 +206,54 @@ def evaluate(
     return Evaluation(
         protocol=protocol,
         documents=documents,
-        windows=WindowSums(tuple(sums.window_nll.tolist()), tuple(plan.table.targets.tolist())),
+        windows=WindowSums(tuple(window_nll.tolist()), tuple(plan.table.targets.tolist())),
         seconds=Seconds(
-            model=watch.seconds.get("model", 0.0),
-            memory=watch.seconds.get("memory", 0.0),
-            total=watch.seconds["total"],
+            *(max(gather(watch.seconds.get(part, 0.0))) for part in ("model", "memory", "total"))
         ),
         model=model_identity(plan),
         corpus=corpus.describe(),
         versions=versions(),
         memory_stats=figures.summary(),
-        token_log_probabilities=sums.token_log_probabilities,
+        token_log_probabilities=sums.log_probabilities if keep_tokens else None,
     )
 
 
 class _Sums:
-    """Losses gathered per document and window, in float64."""
+    """The log-probability of every scored token, in the order of windows, and its sums."""
 
-    def __init__(self, plan: Pass, keep_tokens: bool):
+    def __init__(self, plan: Pass):
         self.corpus, self.table = plan.corpus, plan.table
-        self.nll = np.zeros(plan.corpus.documents)
-        self.tokens = np.zeros(plan.corpus.documents, np.int64)
-        self.window_nll = np.zeros(plan.table.windows)
+        self.start = np.cumsum(plan.table.targets) - plan.table.targets
+        self.log_probabilities = np.full(int(plan.table.targets.sum()), np.nan)
         self.empty = 0
-        self.token_log_probabilities = None
-        if keep_tokens:
-            self.token_log_probabilities = np.zeros(int(plan.table.targets.sum()))
-            self.start = np.cumsum(plan.table.targets) - plan.table.targets
 
     def add(self, rows: Rows, log_probability: np.ndarray) -> None:
-        document = self.corpus.document_of(rows.places)
-        np.add.at(self.nll, document, -log_probability)
-        np.add.at(self.tokens, document, 1)
-        np.add.at(self.window_nll, rows.windows, -log_probability)
-        if self.token_log_probabilities is not None:
-            place = self.start[rows.windows] + rows.places - self.table.first[rows.windows]
-            self.token_log_probabilities[place] = log_probability
+        place = self.start[rows.windows] + rows.places - self.table.first[rows.windows]
+        self.log_probabilities[place] = log_probability
+
+    def join(self) -> None:
+        """Take over what other processes computed."""
+        self.empty = sum(gather(self.empty))
+        for part in gather(self.log_probabilities):
+            missing = np.isnan(self.log_probabilities)
+            self.log_probabilities[missing] = part[missing]
+
+    def totals(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sums in the order of the text.
+
+        Returns:
+            ``(documents,)`` negative log-likelihood in nats and scored tokens, and ``(windows,)``
+            negative log-likelihood.
+        """
+        window = np.repeat(np.arange(self.table.windows), self.table.targets)
+        place = self.table.first[window] + np.arange(len(window)) - self.start[window]
+        document, documents = self.corpus.document_of(place), self.corpus.documents
+        nll = -self.log_probabilities
+        return (
+            np.bincount(document, nll, minlength=documents),
+            np.bincount(document, minlength=documents),
+            np.bincount(window, nll, minlength=self.table.windows),
+        )
 
 
 def document_sums(corpus: TokenCorpus, nll: np.ndarray, tokens: np.ndarray) -> DocumentSums:
@@ -320,7 +348,7 @@ def model_identity(plan: Pass) -> dict[str, Any]:
         "name": str(model.config.name_or_path) or type(model).__name__,
         "hash": model_hash(model),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": model.device.type,
+        "device": device_of(model).type,
         "tap": plan.tap.to_dict(),
     }
 

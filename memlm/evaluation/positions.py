@@ -14,7 +14,7 @@ once, where the script rewrites all of its statistics after every batch.
 """
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from numpy.typing import NDArray
 from transformers import PreTrainedModel
 
 from memlm.core.config import check
+from memlm.data.slices import Side, truncate
 from memlm.evaluation.reader import read_whole
 
 Losses = Sequence[NDArray[np.float64]]
-Side = Literal["left", "right", "center"]
 
 
 class Averages(NamedTuple):
@@ -42,28 +42,6 @@ class Averages(NamedTuple):
     counts: NDArray[np.int64]
 
 
-def truncate(tokens: Sequence[int], length: int | None, side: Side = "right") -> list[int]:
-    """At most ``length`` tokens.
-
-    Args:
-        tokens: of one text.
-        length: None: all.
-        side: what is cut off: ``"right"`` keeps the first tokens, ``"left"`` the last, ``"center"``
-            the first ``length // 2`` and as many of the last as are missing.
-
-    Raises:
-        InputError: for a length below 1 or an unknown side.
-    """
-    check(length is None or length >= 1, f"a text must keep at least 1 token, got {length}")
-    check(side in ("left", "right", "center"), f"side must be left, right or center, got {side!r}")
-    if length is None or len(tokens) <= length:
-        return list(tokens)
-    if side == "right":
-        return list(tokens[:length])
-    first = length // 2 if side == "center" else 0
-    return [*tokens[:first], *tokens[len(tokens) - (length - first) :]]
-
-
 def document_losses(
     model: PreTrainedModel,
     documents: Sequence[Sequence[int]],
@@ -78,7 +56,7 @@ def document_losses(
         model: extended or not.
         documents: token ids; the first one of each is context only.
         length: tokens that are kept of each; None: all.
-        side: see ``truncate``.
+        side: see `memlm.data.slices.truncate`.
         chunk: tokens that an extended model reads at once.
 
     Returns:

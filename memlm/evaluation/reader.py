@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.models.extend import is_extended
 from memlm.models.head import find_head
-from memlm.models.running import frozen
+from memlm.models.running import device_of, frozen
 from memlm.models.taps import body, capture, find_tap, reached
 
 
@@ -57,7 +57,7 @@ class Reader:
         Raises:
             InputError: if the rows are others than before, or there is no token.
         """
-        tokens = tokens.to(self.model.device)
+        tokens = tokens.to(device_of(self.model))
         if tokens.ndim != 2 or not tokens.numel():
             raise InputError(f"tokens must be (rows, new), got {tuple(tokens.shape)}")
         if self.hidden is not None and len(self.hidden) != len(tokens):

@@ -37,11 +37,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from memlm.core.processes import gather
 from memlm.core.types import TargetPartial, TokenMemory
 from memlm.data.batches import IGNORED
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import WindowTable
-from memlm.evaluation.by_window import ask_by_window
+from memlm.evaluation.by_window import ask_by_window, deal
 from memlm.evaluation.own import OwnEntries
 from memlm.evaluation.passes import Pass, Rows, Scored, Stopwatch
 from memlm.memory.windows import is_windowed
@@ -69,6 +70,12 @@ class Figures:
         self.searches += stats["searches"]
         if legacy := stats.get("foss_legacy"):  # followed / (followed + searches)
             self.followed += stats["searches"] * legacy / (1 - legacy)
+
+    def join(self) -> None:
+        """Add what the other processes counted."""
+        everywhere = gather((self.steps, self.searches, self.followed, self.known))
+        self.steps, self.searches, self.followed, known = map(sum, zip(*everywhere, strict=True))
+        self.known = known > 0
 
     def summary(self) -> dict[str, Any] | None:
         """``steps``, ``searches``, ``saved`` and ``foss_legacy``; None if nothing was counted.
@@ -98,6 +105,7 @@ def recall(
     walk_rows: int = WALK_ROWS,
     own: OwnEntries | None = None,
     skip_above: float | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[tuple[Rows, TargetPartial | None]]:
     """Every scored token once, with what the memory says about it.
 
@@ -113,11 +121,13 @@ def recall(
         own: what each scored token must not find.
         skip_above: where the model's likeliest token has more than this probability, a memory
             without state is not asked; its searches are counted then.
+        share: (i, n) takes every n-th batch from the i-th on, or group of texts that are walked
+            side by side: the work of process i of n.
     """
     if memory is None:
-        yield from ((scored.rows, None) for scored in plan.run(watch))
+        yield from ((scored.rows, None) for scored in plan.run(watch, share=share))
     elif memory.init_state(1) is None:
-        for scored in plan.run(watch):
+        for scored in plan.run(watch, share=share):
             with watch.measure("memory"):
                 if skip_above is not None:
                     recalled = _ask_where_unsure(plan, memory, scored, figures, skip_above)
@@ -126,9 +136,10 @@ def recall(
                     recalled = asked.score(scored.queries, scored.targets, None)[0]
             yield scored.rows, recalled
     elif carry == "window" and is_windowed(memory):
-        yield from ask_by_window(plan, memory, watch, *chains(plan.table, plan.corpus), walk_rows)
+        texts = chains(plan.table, plan.corpus)
+        yield from ask_by_window(plan, memory, watch, *texts, walk_rows, share=share)
     elif carry == "window":
-        for scored in plan.run(watch):
+        for scored in plan.run(watch, share=share):
             with watch.measure("memory"):
                 recalled = _walk_window(memory, scored, plan.table, figures)
             yield scored.rows, recalled
@@ -136,8 +147,7 @@ def recall(
         first, last = chains(plan.table, plan.corpus)
         lengths = plan.table.end[last - 1] - plan.table.first[first]
         longest = np.argsort(-lengths, kind="stable")
-        for start in range(0, len(longest), walk_rows):
-            group = longest[start : start + walk_rows]
+        for group in deal(longest, walk_rows, share):
             yield from _walk_group(plan, memory, watch, figures, first[group], last[group])
 
 

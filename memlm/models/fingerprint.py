@@ -41,25 +41,44 @@ def model_hash(model: PreTrainedModel) -> str:
     """The fingerprint of a model's settings and weights, as ``"xxh3_128:<hex>"``.
 
     Raises:
-        UnsupportedModelError: if weights are not in memory (meta tensors).
+        UnsupportedModelError: if weights are neither in memory nor offloaded by `accelerate`.
     """
     settings = _stable(model.config.to_diff_dict())
     digest = xxhash.xxh3_128()
-    seen: set[tuple[int, tuple[int, ...]]] = set()
+    seen: set[Any] = set()
+    shared = _shared(model)
     for name, tensor in sorted(model.state_dict().items()):
-        if tensor.is_meta:
-            raise UnsupportedModelError(
-                f"the weights must be in memory to be fingerprinted, but {name} is on the meta "
-                "device; load the model without offloading to disk"
-            )
         # Tied weights appear under several names, and which are saved depends on the version.
-        place = (tensor.data_ptr(), tuple(tensor.shape))
+        place: Any = (tensor.data_ptr(), tuple(tensor.shape))
+        if tensor.is_meta:
+            place = shared.get(name, name)
         if place in seen and tensor.numel():
             continue
         seen.add(place)
+        tensor = _offloaded(model, name) if tensor.is_meta else tensor
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
         digest.update(_bytes(tensor))
     return fingerprint({"settings": settings, "weights": digest.hexdigest()})
+
+
+def _shared(model: PreTrainedModel) -> dict[str, str]:
+    """For every tied weight one name that all who share it have in common."""
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    return {**tied, **{source: source for source in tied.values()}}
+
+
+def _offloaded(model: PreTrainedModel, name: str) -> Tensor:
+    """A weight that `accelerate` keeps elsewhere until its module runs."""
+    path, _, leaf = name.rpartition(".")
+    hook: Any = getattr(model.get_submodule(path), "_hf_hook", None)
+    for part in getattr(hook, "hooks", (hook,)):
+        kept = getattr(part, "weights_map", None)
+        if kept is not None:
+            return kept[leaf]
+    raise UnsupportedModelError(
+        f"the weights must be in memory or offloaded to be fingerprinted, but {name} is on the "
+        "meta device alone; load the model with from_pretrained"
+    )
 
 
 def _stable(values: Any) -> Any:

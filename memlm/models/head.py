@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.types import TargetPartial
 from memlm.models.adaptive.head import AdaptiveHead
+from memlm.models.running import device_of
 from memlm.models.taps import capture, find_tap, reached
 
 _CHUNK_ENTRIES = 1 << 23  # logits held at once: 32 MiB in float32
@@ -160,7 +161,7 @@ def find_head(model: PreTrainedModel) -> Head:
 
 @torch.no_grad()
 def _probe(model: PreTrainedModel, head: Head) -> None:
-    tokens = torch.arange(_PROBE_TOKENS, device=model.device)[None] % head.vocab_size
+    tokens = torch.arange(_PROBE_TOKENS, device=device_of(model))[None] % head.vocab_size
     everything = torch.ones_like(tokens)
     tap = find_tap(model, "final")
     with capture(model, tap) as seen:

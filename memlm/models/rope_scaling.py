@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from memlm.core.config import check
 from memlm.core.errors import UnsupportedModelError
 from memlm.models.extend import is_extended
+from memlm.models.running import device_of
 from memlm.models.taps import body
 from memlm.models.trained_length import trained_length
 
@@ -56,7 +57,7 @@ def scaled_rope(model: PreTrainedModel, kind: str, length: int) -> Iterator[PreT
         "factor": length / trained,
         "original_max_position_embeddings": trained,
     }
-    inner.rotary_emb = type(rotary)(config=config).to(model.device)
+    inner.rotary_emb = type(rotary)(config=config).to(device_of(model))
     try:
         yield model
     finally:

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from transformers import PreTrainedModel
 
-from memlm.core.errors import InputError
+from memlm.core.errors import InputError, UnsupportedModelError
 
 # Marks the body of a model whose context `models.extend` made endless.
 EXTENDED = "_memlm_window"
@@ -23,6 +23,25 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def device_of(model: PreTrainedModel) -> torch.device:
+    """Where inputs go: the model's device, or the one to which its offloaded weights come.
+
+    Raises:
+        UnsupportedModelError: if the weights are nowhere.
+    """
+    if model.device.type != "meta":
+        return model.device
+    for module in model.modules():
+        # of `accelerate`
+        device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise UnsupportedModelError(
+        f"the weights of {type(model).__name__} must be somewhere, but they are on the meta "
+        "device; load the model with from_pretrained"
+    )
 
 
 def check_length(model: PreTrainedModel, longest: int) -> None:

@@ -1,8 +1,9 @@
 """A cache of constant size on disk: whatever a model has read so far, in one small file.
 
-One safetensors file holds the sinks and rings of all layers (`memlm.models.window_cache`), with the
-settings and the fingerprint of the model that made them in its metadata, so that a text of any
-length can be read on another day. It is written whole or not at all.
+One safetensors file holds the sinks and rings of all layers (`memlm.models.window_cache`), and
+their middle tokens where there are any (`memlm.models.middle_cache`), with the settings and the
+fingerprint of the model that made them in its metadata, so that a text of any length can be read on
+another day. It is written whole or not at all.
 """
 
 import json
@@ -19,8 +20,11 @@ from transformers.cache_utils import Cache
 from memlm.core.errors import CorruptStoreError, FingerprintError, InputError
 from memlm.core.files import write_atomic
 from memlm.models.fingerprint import model_hash
+from memlm.models.middle_cache import MiddleLayer
+from memlm.models.running import device_of
 from memlm.models.window_cache import WindowLayer
 from memlm.ops.lambda_rule import LambdaConfig
+from memlm.ops.middle_rule import MiddleConfig
 
 _PARTS = ("keys", "values", "positions")
 
@@ -60,9 +64,12 @@ def save_window(
     for number, layer in enumerate(layers):
         for part in _PARTS:
             kept[f"{number}.{part}"] = getattr(layer, part).detach().cpu().contiguous()
+        if isinstance(layer, MiddleLayer):
+            for name, part in layer.store.held().items():
+                kept[f"{number}.middle.{name}"] = part.detach().cpu().contiguous()
     about = {
         "model": model_fingerprint or model_hash(model),
-        "layers": [{"config": x.config.to_dict(), "length": x.length} for x in layers],
+        "layers": [_described(layer) for layer in layers],
         "notes": dict(notes or {}),
     }
     data = save(kept, metadata={"memlm": json.dumps(about)})
@@ -82,7 +89,7 @@ def load_window(
         FingerprintError: if another model made it.
     """
     try:
-        with safe_open(str(path), framework="pt", device=str(model.device)) as file:
+        with safe_open(str(path), framework="pt", device=str(device_of(model))) as file:
             about = json.loads(file.metadata()["memlm"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -98,10 +105,31 @@ def load_window(
         )
     layers = []
     for number, described in enumerate(about["layers"]):
-        layer = WindowLayer(LambdaConfig.from_dict(described["config"]))
+        layer = _empty(described)
         keys, values, positions = (tensors.pop(f"{number}.{part}") for part in _PARTS)
         layer.lazy_initialization(keys[:, :, :0], values[:, :, :0])
-        layer.keys, layer.values, layer.positions = keys, values, positions
-        layer.length = described["length"]
+        for held, part in zip(
+            (layer.keys, layer.values, layer.positions), (keys, values, positions), strict=True
+        ):
+            held.copy_(part)
+        layer.count(described["length"])
+        if isinstance(layer, MiddleLayer):
+            begin = f"{number}.middle."
+            mine = [name for name in tensors if name.startswith(begin)]
+            layer.store.put({name.removeprefix(begin): tensors.pop(name) for name in mine})
         layers.append(layer)
     return Cache(layers=layers), tensors, about["notes"]
+
+
+def _described(layer: WindowLayer) -> dict[str, Any]:
+    about: dict[str, Any] = {"config": layer.config.to_dict(), "length": layer.length}
+    if isinstance(layer, MiddleLayer):
+        about["middle"] = layer.middle.to_dict()
+    return about
+
+
+def _empty(described: Mapping[str, Any]) -> WindowLayer:
+    config = LambdaConfig.from_dict(described["config"])
+    if "middle" not in described:
+        return WindowLayer(config)
+    return MiddleLayer(config, MiddleConfig.from_dict(described["middle"]))

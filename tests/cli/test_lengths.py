@@ -68,3 +68,34 @@ def test_a_stream_goes_on_where_it_stopped(place, capsys):
     assert [json.loads(line)["tokens"] for line in log] == [200, 400, 600]
     assert run(*command, "--tokens", 700, "--positions", "streaming") == 2
     assert "give another folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--length", 32, 64, "--method", "trime"), "compare ways to read with the model alone"),
+        (("--length", 32, 64, "--store", "x", "--stride", 8), "got --store, --stride beside them"),
+        (("--method", "retomaton"), "--method retomaton needs a datastore"),
+        (("--method", "knn"), "--method knn needs a datastore"),
+        (("--tune", "x"), "--tune needs a datastore"),
+        (("--window", 16), "--window says how several lengths are compared"),
+        (("--start-token", 5, "--protocol", "fairseq"), "parts of a text are for the protocol"),
+        (("--length", 32, 64, "--truncation-side", "right"), "side must be left or center"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(place, capsys, options, words):
+    assert run("evaluate", place / "model", place / "text.txt", "--scored", 8, *options) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_part_of_a_text(place, capsys):
+    command = ("evaluate", place / "model", place / "text.txt", "--separator", "\n", "--json")
+    part = ("--start-document", 3, "--limit", 5, "--document-tokens", 4, "--start-token", 2)
+    assert run(*command, *part, "--truncation-side", "left", "--tokens", 9) == 0
+    assert json.loads(capsys.readouterr().out)["base"]["tokens"] == 9
+    sides = ("--length", 32, 40, "--methods", "truncation", "--scored", 8, "--window", 24)
+    found = []
+    for side in ("left", "center"):
+        assert run(*command, *sides, "--truncation-side", side) == 0
+        found.append(json.loads(capsys.readouterr().out)["points"])
+    assert found[0][1]["nll"] != found[1][1]["nll"]

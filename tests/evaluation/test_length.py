@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from memlm.core.errors import InputError, UnsupportedModelError
+from memlm.data.slices import truncate
 from memlm.evaluation.length import METHODS, LengthConfig, LengthCurve, measure_lengths, plot
 from memlm.evaluation.positions import (
     by_document,
@@ -15,16 +16,22 @@ from memlm.evaluation.positions import (
     by_token,
     document_losses,
     near,
-    truncate,
 )
 from memlm.evaluation.reader import read_whole
 from memlm.evaluation.report import plain
 from memlm.models.extend import extended, is_extended
 from memlm.models.rope_scaling import scaled_rope
+from memlm.ops.middle_rule import MiddleConfig
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 CONFIG = LengthConfig(
-    lengths=(40, 70, 120), window=40, sinks=3, methods=METHODS, pieces=3, scored=10
+    lengths=(40, 70, 120),
+    window=40,
+    sinks=3,
+    middle=MiddleConfig(k=8, block=4, first_layer=0),
+    methods=METHODS,
+    pieces=3,
+    scored=10,
 )
 
 
@@ -57,14 +64,15 @@ def test_numbers_are_what_they_say(model, curve):
     assert found.cumulative_nll == pytest.approx(float(losses.mean()), abs=1e-5)
     assert points["truncation", 120].nll == points["truncation", 40].nll
     assert points["vanilla", 120].nll != pytest.approx(found.nll, abs=1e-4)
-    kinds = {points[name, 120].nll for name in ("window", "streaming-llm", "lm-infinite", "yarn")}
-    assert len(kinds) == 4
+    names = ("window", "streaming-llm", "lm-infinite", "lm-infinite-middle", "yarn")
+    assert len({points[name, 120].nll for name in names}) == 5
 
 
 def test_it_prints_saves_and_draws(curve, tmp_path):
     shown = plain(curve.table())
     assert all(name in shown for name in METHODS)
     assert "the same at every length" in shown
+    assert "8 middle tokens in blocks of 4" in curve.describe()
     assert len(curve.to_dict()["points"]) == 3 * len(METHODS)
     assert LengthCurve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
     pytest.importorskip("matplotlib")

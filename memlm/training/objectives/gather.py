@@ -19,12 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-
-def rank_and_size() -> tuple[int, int]:
-    """The number of this process, and of how many; (0, 1) without process group."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return 0, 1
-    return dist.get_rank(), dist.get_world_size()
+from memlm.core.processes import rank_and_size
 
 
 def gather_entries(
