@@ -1,14 +1,19 @@
 """The whole journey on one page: text, model, datastore, index, clusters, numbers, words.
 
 Without arguments it needs nothing from outside: the text is the documentation that every Python
-installation carries, split by document, and a small Llama is trained on the spot. With a model and
-a folder of text it does the same for those, without the training.
+installation carries, split by document, and a small Llama is trained on the spot, with the memory
+that it will be read with (TRIME, Zhong et al. 2022). With a model and a folder of text it does the
+same for those, without the training.
 
 The datastore is built from the text the model was trained on (kNN-LM's first experiment,
 Khandelwal et al. 2020, section 4.1): what is measured is what explicit memory adds to the same
 data. lam and the temperature are chosen on development text, numbers are reported on test text:
 the model alone, kNN-LM with exact and approximate search, and RetoMaton, which follows the same
 store and searches its index where it loses the thread, or always (Alon et al. 2022, section 5).
+Then what needs no store, the text that is being read: its window (local), the windows before
+(long), and both with the store mixed in once more (TRIME, eq. 4 and 7); under one softmax with the
+model or as a mixture, whichever development text prefers. A model that was trained with memory
+leaves to it what it can look up, so alone it is worse than one that was not.
 """
 
 import hashlib
@@ -23,15 +28,17 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.core.errors import MemlmError
 from memlm.core.files import write_json
+from memlm.core.merges import Mixture
 from memlm.core.threads import torch_threads
 from memlm.core.types import Index, TokenMemory
 from memlm.data.documents import Document
 from memlm.data.python_library import python_library
 from memlm.data.tokens import TokenCorpus, tokenize
+from memlm.data.windows import SlidingWindows
 from memlm.evaluation.length import LengthConfig, measure_lengths
 from memlm.evaluation.perplexity import evaluate
 from memlm.evaluation.result import Evaluation
-from memlm.evaluation.tune import tune
+from memlm.evaluation.tune import Tuning, tune
 from memlm.extract.build import build_datastore, default_windows
 from memlm.extract.config import ExtractionConfig
 from memlm.index.cluster import ClusterConfig, cluster_store
@@ -39,6 +46,9 @@ from memlm.index.partition import Clusters
 from memlm.index.plan import IndexConfig
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
+from memlm.memory.local import LocalMemory
+from memlm.memory.long import LongMemory
+from memlm.memory.together import Together
 from memlm.methods.knn_lm import index_store
 from memlm.models.attach import attach
 from memlm.models.trained_length import trained_length
@@ -48,6 +58,8 @@ from memlm.training.config import TrainConfig
 from memlm.training.tokenizer import train_tokenizer
 
 NEIGHBOURS = 1024
+LONG = 4096  # positions of earlier windows
+MEMORY_AFTER = 40  # steps of plain cross-entropy first
 VOCABULARY = 4096
 LIBRARY_PROMPT = "Return True if the"
 # What five minutes on two cores have room for; both are samples of whole documents.
@@ -106,9 +118,11 @@ def split_documents(documents: Iterable[Document]) -> Splits:
 def train_small_model(
     splits: Splits, out: Path, seconds: float, threads: int | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """A tokenizer and a small Llama for the training documents, within a time budget."""
+    """A tokenizer and a small Llama, trained with local memory, within a time budget."""
     tokenizer = train_tokenizer(splits.train, VOCABULARY, exact=False)
-    config = TrainConfig.preset("demo", max_seconds=seconds, threads=threads)
+    config = TrainConfig.preset(
+        "demo", method="trime", memory_after=MEMORY_AFTER, max_seconds=seconds, threads=threads
+    )
     model = train_causal_lm(tokenize(splits.train, tokenizer), tokenizer, config, out / "model")
     return model, tokenizer
 
@@ -176,6 +190,13 @@ def journey(
                 model, test, windows, memory=memory, merge=chosen.merge, threads=threads
             )
 
+    searched = KnnMemory(store, k=best.k, temperature=best.temperature, index=approximate)
+    again = searched, Mixture(chosen.best.lam or 0.0)
+    with _timed(seconds, "read"):
+        read, rows = evaluate_reading(model, dev, test, windows, again, threads=threads)
+    evaluations |= rows
+    say(f"the text read before: {read.describe()}")
+
     with _timed(seconds, "lengths"):
         say(length_line(model, test, threads))
 
@@ -190,6 +211,7 @@ def journey(
         {
             "evaluations": {name: result.to_dict() for name, result in evaluations.items()},
             "tuning": chosen.to_dict(),
+            "tuning_of_what_was_read": read.to_dict(),
             "completions": completions,
             "prompt": prompt,
             "seconds": seconds,
@@ -223,6 +245,56 @@ def length_line(model: PreTrainedModel, corpus: TokenCorpus, threads: int | None
         for method in config.methods
     ]
     return f"perplexity after {', '.join(map(str, lengths))} tokens: {'; '.join(rows)}"
+
+
+def evaluate_reading(
+    model: PreTrainedModel,
+    dev: TokenCorpus,
+    test: TokenCorpus,
+    windows: SlidingWindows,
+    external: tuple[TokenMemory, Mixture],
+    *,
+    threads: int | None,
+) -> tuple[Tuning, dict[str, Evaluation]]:
+    """The text that is read as memory: its window, the windows before, and the store once more.
+
+    Args:
+        model: the language model.
+        dev: where temperature, size and merge are chosen.
+        test: where they are reported.
+        windows: the rule that cuts both.
+        external: a store's memory and the weight at which it is mixed in.
+        threads: CPU threads.
+
+    Returns:
+        What was chosen for both memories, and the evaluations by row name.
+    """
+    scale = model.config.get_text_config().hidden_size ** 0.5
+    local = LocalMemory(windows.length, temperature=scale)
+    both = Together(local, LongMemory(LONG, temperature=scale))
+    shared: dict[str, Any] = {"threads": threads}
+
+    def tuned(memory: TokenMemory) -> Tuning:
+        return tune(model, dev, windows, memory, merges=("union", "mixture"), **shared)
+
+    def row(found: Tuning, memory: TokenMemory, again: Any = None) -> Evaluation:
+        return evaluate(
+            model,
+            test,
+            windows,
+            memory=found.apply(memory),
+            merge=found.merge,
+            interpolate=again,
+            carry="window",
+            **shared,
+        )
+
+    found = tuned(both)
+    return found, {
+        "local": row(tuned(local), local),
+        "local + long": row(found, both),
+        "local + long + external": row(found, both, external),
+    }
 
 
 def memories_of(best: KnnMemory, approximate: Index, clusters: Clusters) -> dict[str, TokenMemory]:
