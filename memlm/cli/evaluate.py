@@ -167,7 +167,12 @@ own document."""
                 "several lengths compare ways to read with the model alone, got "
                 f"{', '.join(given)} beside them; leave that out, or give one --length"
             )
-        idle = {"--plot": self.plot, "--full-limit": self.full_limit, "--window": self.window}
+        idle = {
+            "--plot": self.plot,
+            "--full-limit": self.full_limit,
+            "--window": self.window,
+            "--middle": self.middle or None,
+        }
         given = [name for name, value in idle.items() if value is not None]
         if len(self.length) < 2 and self.task == "perplexity" and given:
             raise InputError(

@@ -6,18 +6,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import METHODS, READ_TEXT, MemoryOptions, ModelOptions, show
+from memlm.cli.middle import MiddleOptions
+from memlm.cli.options import METHODS, READ_TEXT, InterpolationOptions, ModelOptions, show
 from memlm.core.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from memlm.models.attach import MemoryForCausalLM
     from memlm.models.cache import MemoryCache
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(MemoryOptions, ModelOptions):
+class Generate(MiddleOptions, InterpolationOptions, ModelOptions):
     """Continue PROMPT with MODEL, with --store or --method trime also from its memory."""
 
     prompt: Annotated[str | None, Positional, arg(metavar="PROMPT")] = None
@@ -25,6 +26,11 @@ class Generate(MemoryOptions, ModelOptions):
     remember: str | None = None
     """trime, cache with --long: text that is read into the long-term memory before PROMPT (a \
 folder, text file or .jsonl file)."""
+    window: int | None = None
+    """Read a PROMPT of any length (LM-Infinite): tokens seen at their true distance, at most what \
+the model was trained on (default: the model as it is)."""
+    sinks: int = 10
+    """With --window: first tokens that stay visible."""
     max_new_tokens: int = 64
     """Tokens to generate at most."""
     sample: bool = False
@@ -53,13 +59,17 @@ folder, text file or .jsonl file)."""
         if not prompt:
             raise InputError("the prompt must not be empty; give some text to continue")
         self._check_long()
+        self.check_interpolation()
         model, tokenizer = self.load()
+        self._extend(model)
         memory, merge = self.memory(model)
         variants = {}
         if memory is None or self.compare:
             variants["base"] = model
         if memory is not None:
-            variants[METHODS[self.method]] = attach(model, memory, merge=merge)
+            variants[METHODS[self.method]] = attach(
+                model, memory, merge=merge, interpolate=self.interpolated(memory)
+            )
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         texts = {}
         with torch_threads(self.threads):
@@ -91,6 +101,16 @@ folder, text file or .jsonl file)."""
 
         show({"prompt": prompt, "texts": texts}, Text(text), as_json=self.json)
         return 0
+
+    def _extend(self, model: "PreTrainedModel") -> None:
+        """Lambda attention, if --window asks for it."""
+        from memlm.models.extend import extend_context
+
+        middle = self.middle_tokens()
+        if self.window is not None:
+            extend_context(model, window=self.window, sinks=self.sinks, middle=middle or "dropped")
+        elif middle is not None:
+            raise InputError("--middle needs a model that is extended; give --window")
 
     def _check_long(self) -> None:
         if self.remember is not None and not (self.method in READ_TEXT and self.long):

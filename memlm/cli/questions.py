@@ -1,6 +1,5 @@
 """The part of ``memlm evaluate`` that asks questions about long texts."""
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +8,8 @@ from memlm.core.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from memlm.ops.middle_rule import MiddleConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +33,7 @@ questions, --length cuts the centre out of longer prompts, and --window extends 
         *,
         window: int | None,
         sinks: int,
+        middle: "MiddleConfig | None",
         limit: int | None,
         batch_tokens: int,
         threads: int | None,
@@ -42,7 +44,7 @@ questions, --length cuts the centre out of longer prompts, and --window extends 
         from memlm.core.threads import torch_threads
         from memlm.data.qasper import read_narrative_qa, read_qasper
         from memlm.evaluation.questions import measure_questions
-        from memlm.models.extend import extended
+        from memlm.evaluation.ways import reading
 
         if len(lengths) > 1:
             raise InputError(
@@ -50,8 +52,13 @@ questions, --length cuts the centre out of longer prompts, and --window extends 
             )
         read = read_qasper if self.task == "qasper" else read_narrative_qa
         questions = read(text, style=self.style)[:limit]
-        whole = nullcontext() if window is None else extended(model, window=window, sinks=sinks)
-        with torch_threads(threads), whole:
+        way = "vanilla" if window is None else "lm-infinite"
+        if middle is not None:
+            if window is None:
+                raise InputError("--middle needs a model that is extended; give --window")
+            way = "lm-infinite-middle"
+        ready = reading(model, way, window=window or 0, sinks=sinks, middle=middle)
+        with torch_threads(threads), ready:
             result = measure_questions(
                 model,
                 tokenizer,
@@ -60,8 +67,9 @@ questions, --length cuts the centre out of longer prompts, and --window extends 
                 new_tokens=self.answer_tokens,
                 batch_tokens=batch_tokens,
             )
-        reading = "as it is" if window is None else f"window {window}, {sinks} sinks"
-        value = {"task": self.task, "reading": reading, **result.to_dict()}
+        told = "as it is" if window is None else f"window {window}, {sinks} sinks"
+        told += f", {middle.describe()}" if middle is not None else ""
+        value = {"task": self.task, "reading": told, **result.to_dict()}
         write_result(save, value)
-        show(value, f"{self.task}: {result.describe()}; model read {reading}", as_json=as_json)
+        show(value, f"{self.task}: {result.describe()}; model read {told}", as_json=as_json)
         return 0

@@ -13,6 +13,7 @@ from memlm.models.middle_store import MiddleStore
 from memlm.models.window_cache import SPARE, WindowLayer
 from memlm.ops.lambda_rule import Keys, LambdaConfig
 from memlm.ops.middle_rule import MiddleConfig
+from memlm.ops.window_attention import Impl
 
 
 class MiddleLayer(WindowLayer):
@@ -23,15 +24,18 @@ class MiddleLayer(WindowLayer):
         store: of them.
     """
 
+    is_compileable = False  # the store grows, and what is selected lies anywhere
+
     def __init__(self, config: LambdaConfig, middle: MiddleConfig):
         super().__init__(config)
         self.middle = middle
         self.store = MiddleStore(middle, config, SPARE + 1)
 
-    def attend(self, query: Tensor, new: Keys, **how: Any) -> Tensor:
+    def attend(self, query: Tensor, new: Keys, impl: Impl = "auto", **how: Any) -> Tensor:
         """As ``WindowLayer.attend``, and over the middle tokens that each query selects."""
         other = self.store.attend(query, new, **how)
-        return super().attend(query, new, **how, **({} if other is None else {"other": other}))
+        beside = {} if other is None else {"other": other}
+        return super().attend(query, new, impl, **how, **beside)
 
     def reset(self) -> None:
         """Forget everything."""
