@@ -217,8 +217,12 @@ class ChunkDatabase:
             0 <= number < len(self),
             f"a chunk's number must lie between 0 and {len(self) - 1}, got {number}",
         )
-        tokens, valid = self.gather(np.array([number]), self.chunk_size)
-        return tokens[0, valid[0]].astype(np.int32)
+        return self.chunks(np.array([number]))[0].astype(np.int32)
+
+    def chunks(self, numbers: ArrayLike) -> list[Integers]:
+        """The tokens of several chunks, as `chunk` gives those of one."""
+        tokens, valid = self.gather(numbers, self.chunk_size)
+        return [row[: int(count)] for row, count in zip(tokens, valid.sum(1), strict=True)]
 
     def gather(self, chunks: ArrayLike, length: int | None = None) -> Retrieved:
         """The tokens from the beginning of each chunk on, within its document.

@@ -90,7 +90,7 @@ class Bm25Retriever:
         blocks: list[NDArray[np.integer]] = []
         for start in range(0, len(database), _READ):
             numbers = np.arange(start, min(start + _READ, len(database)))
-            blocks += _rows(database, numbers)
+            blocks += database.chunks(numbers)
         self._scores = BlockScores(blocks, k1=k1, b=b)
         self._query_terms = query_terms
         self.fingerprint = fingerprint([self.describe(), database.fingerprint])
@@ -225,9 +225,3 @@ def _with_deleted(database: ChunkDatabase, exclusion: Exclusion | None) -> Exclu
     if exclusion is None:
         return Exclusion(dead=dead)
     return exclusion._replace(dead=dead if exclusion.dead is None else dead | exclusion.dead)
-
-
-def _rows(database: ChunkDatabase, numbers: NDArray[np.integer]) -> list[NDArray[np.integer]]:
-    """Tokens of chunks, without what is past a document's end."""
-    tokens, valid = database.gather(numbers, database.chunk_size)
-    return [row[: int(count)] for row, count in zip(tokens, valid.sum(1), strict=True)]
