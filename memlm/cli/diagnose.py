@@ -31,7 +31,7 @@ class Diagnose(ModelOptions):
     features: int = 256
     """Positions of each piece whose hidden states are kept."""
     windows: tuple[int, ...] | None = None
-    """Windows that are tried (default: a quarter, half and all of the trained length)."""
+    """Windows that are tried (default: an eighth, a quarter, half and all of the trained length)."""
     sinks: tuple[int, ...] = (0, 1, 4, 10)
     """Numbers of sinks that are tried with each."""
     scored: int = 128
@@ -71,7 +71,7 @@ class Diagnose(ModelOptions):
             features=self.features,
         )
         tried = RecommendConfig(
-            windows=self.windows or (trained // 4, trained // 2, trained),
+            windows=self.windows or tuple(trained // n for n in (8, 4, 2, 1)),
             sinks=self.sinks,
             scored=self.scored,
             tolerance=self.tolerance,

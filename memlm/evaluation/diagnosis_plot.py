@@ -50,7 +50,7 @@ def _curves(axis: Any, x: Any, means: Any, deviations: Any) -> None:
 
 
 def _sinks(figure: Any, axis: Any, found: Diagnosis) -> None:
-    shown = axis.imshow(found.sinks[:, :, -1], vmin=0, vmax=1, aspect="auto", cmap="viridis")
+    shown = axis.imshow(found.sinks[:, :, -1], vmin=0, aspect="auto", cmap="viridis")
     layers, heads = found.sinks.shape[:2]
     axis.set_xticks(range(heads))
     axis.set_yticks(range(layers))

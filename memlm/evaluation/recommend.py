@@ -126,10 +126,11 @@ class Recommendation:
             row = (f"{losses[window, sinks]:.4f}" for sinks in self.config.sinks)
             table.add_row(f"{window:,}", *row)
         chosen = self.chosen
+        edge = " (no smaller window was tried)" if chosen.window == min(self.config.windows) else ""
         error = "" if chosen.error is None else f", standard error {chosen.error:.4f}"
         told = (
-            f"recommended: window {chosen.window}, {chosen.sinks} sinks: {chosen.nll:.4f} nats, "
-            f"{chosen.excess:.4f} above the best{error}; the model as it is: {self.vanilla:.4f}"
+            f"recommended: window {chosen.window}, {chosen.sinks} sinks{edge}: "
+            f"{chosen.nll:.4f} nats, {chosen.excess:.4f} above the best{error}; the model as it is: {self.vanilla:.4f}"
         )
         return Group(table, Text(told), Text(f"protocol: {self.describe()}", style="dim"))
 

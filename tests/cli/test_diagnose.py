@@ -33,7 +33,7 @@ def test_it_prints_keeps_and_draws(place, capsys):
         assert words in shown
     kept = json.loads((place / "found.json").read_text())
     assert kept["diagnosis"]["config"]["length"] == 128
-    assert kept["recommendation"]["config"]["windows"] == [8, 16, 32]
+    assert kept["recommendation"]["config"]["windows"] == [4, 8, 16, 32]
     assert (place / "found.svg").stat().st_size > 5000
     few = ("--length", 64, "--trained", 40, "--windows", 20, "--sinks", 2, "--json")
     assert run(*command, *few) == 0
