@@ -7,10 +7,15 @@
     once         exact repetitions of a line are dropped
 
 (Ke et al. 2021, appendix; the authors' scripts.) The stages are functions of strings, so any of
-them can be left out. Not here: Moses' Perl scripts. Sentences are split by a plain rule instead of
-spaCy: after . ! ? and closing quotes. Differs from the authors' scripts in two places, where theirs
-lose text: `merge_short` keeps a last paragraph without an end and takes several blank lines
-(``legacy=True`` drops and refuses as they do).
+them can be left out. What is known of the scripts are recorded outputs, which tests compare with:
+an address that ends in .com, .net, .org, .edu or .gov is ``<url>`` even if it has an @. Beyond
+those their purpose is known and the rest is assumed: which endings but .pdf make a file name, and
+that the letters that are counted, or that a line is joined after, are ASCII ones.
+
+Differs from them: Moses' Perl scripts are not here; sentences are split by a plain rule instead of
+spaCy's model, after . ! ? and closing quotes; `merge_short` keeps a last paragraph without an end
+and takes several blank lines, where theirs loses text or stops (``legacy=True`` does as they do);
+rare words stay (theirs keeps the most frequent 21 %, `frequent_words` and `keep_words`).
 """
 
 import re
