@@ -22,7 +22,6 @@ Differs from the paper's scripts: one pass, any family that can be extended, sco
 soft-cap as the softmax gets them.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -226,10 +225,10 @@ def diagnose(model: PreTrainedModel, pieces: Tensor, config: DiagnosisConfig) ->
     )
     places = _places(config)
     watched = [_Watcher(config, places) for _ in range(len(pieces))]
-    states = [
-        visit_scores(model, piece[None], places, watcher.visit)
-        for piece, watcher in zip(pieces, watched, strict=True)
-    ]
+    states = []
+    for piece, watcher in zip(pieces, watched, strict=True):
+        whole = visit_scores(model, piece[None], places, watcher.visit)
+        states.append([state[:, : config.features].double().cpu() for state in whole])
     distances = _spread(config.length, _POINTS) - 1
     layers = range(len(watched[0].last))
     bounds = [
@@ -290,9 +289,9 @@ def _spread(longest: int, count: int) -> NDArray[np.int64]:
     return np.unique(np.geomspace(1, longest, count).round().astype(np.int64))
 
 
-def _project(config: DiagnosisConfig, states: Sequence[Tensor]) -> tuple[Array, Array, Array]:
+def _project(config: DiagnosisConfig, states: list[Tensor]) -> tuple[Array, Array, Array]:
     """Principal components, shares of variance and separation of the first tokens."""
-    kept = torch.cat([state[:, : config.features].double().cpu() for state in states])
+    kept = torch.cat(states)
     flat = kept.flatten(0, 1)
     centred = flat - flat.mean(0)
     _, sizes, axes = torch.linalg.svd(centred, full_matrices=False)
