@@ -185,7 +185,7 @@ def passkey_accuracy(predictions: Sequence[str], keys: Sequence[str]) -> float:
 
 
 def plot(results: Mapping[str, PasskeyResult], path: str) -> None:
-    """Accuracy as a map of length and depth, one panel per result, as an image.
+    """Accuracy as a map of length and depth, one panel per result, four in a row, as an image.
 
     Args:
         results: by title.
@@ -194,7 +194,7 @@ def plot(results: Mapping[str, PasskeyResult], path: str) -> None:
     Raises:
         MissingExtraError: without matplotlib.
     """
-    figure, axes = panels(len(results))
+    figure, axes = panels(len(results), rows=-(-len(results) // 4))
     for axis, (title, result) in zip(axes, results.items(), strict=True):
         lengths, depths = result.config.lengths, result.config.depths
         found = {(point.length, point.depth): point.accuracy for point in result.points}

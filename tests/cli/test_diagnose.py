@@ -42,6 +42,13 @@ def test_it_prints_keeps_and_draws(place, capsys):
     assert [one["window"] for one in found["recommendation"]["settings"]] == [20]
 
 
+def test_models_without_relative_positions_are_refused(place, tokenizer, capsys):
+    tiny_model("gpt2", vocab_size=len(tokenizer)).save_pretrained(place / "gpt2")
+    tokenizer.save_pretrained(place / "gpt2")
+    assert run("diagnose", place / "gpt2", place / "text.txt", "--length", 130) == 2
+    assert "extend_context knows the families" in capsys.readouterr().err
+
+
 def test_short_texts_and_odd_settings_are_refused(place, capsys):
     assert run("diagnose", place / "model", place / "text.txt", "--length", 9999) == 2
     assert "tokens of a piece" in capsys.readouterr().err
