@@ -1,7 +1,8 @@
 """Taps: which tensor of a causal language model is the key, and how to read it.
 
 kNN-LM (Khandelwal et al. 2020, section 5) found that the best key is the *input of the last
-feed-forward sub-layer, after its layer norm*, not the final hidden state. A tap names that place:
+feed-forward sub-layer, after its layer norm*, not the final hidden state. Of an encoder-decoder it
+is the decoder's. A tap names that place:
 
     ffn_input    what enters the feed-forward of the last block (the papers' key)
     ffn_output   what leaves the last block, before the final norm
@@ -35,6 +36,7 @@ _LLAMA = ("layers", "mlp")
 _GPT2 = ("h", "mlp")
 FAMILIES: dict[str, tuple[str, str]] = {
     "adaptive_lm": ("layers", "fc1"),  # `last_ffn_input` of TRIME's and kNN-LM's code
+    "bart": ("layers", "fc1"),
     "bloom": _GPT2,
     "cohere": _LLAMA,
     "cohere2": _LLAMA,
@@ -48,6 +50,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "gptj": _GPT2,
     "granite": _LLAMA,
     "llama": _LLAMA,
+    "m2m_100": ("layers", "fc1"),
+    "marian": ("layers", "fc1"),
+    "mbart": ("layers", "fc1"),
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
     "olmo": _LLAMA,
@@ -60,6 +65,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "smollm3": _LLAMA,
     "stablelm": _LLAMA,
     "starcoder2": _LLAMA,
+    "t5": ("block", "layer.2.DenseReluDense"),
 }
 
 
