@@ -14,14 +14,22 @@ Differs from the paper's code: any family with rotary positions or ALiBi, groupe
 either side and batches, and a cache that does not grow.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from memlm.core.errors import InputError
-from memlm.models.extend_families import FAMILIES, check_family, check_window, uniform_window
+from memlm.models.extend_chunks import CHUNK
+from memlm.models.extend_families import (
+    FAMILIES,
+    check_family,
+    check_window,
+    own_window,
+    uniform_window,
+)
 from memlm.models.extend_probe import look
 from memlm.models.extension import Extension, attention_layers
 from memlm.models.running import EXTENDED
@@ -29,17 +37,20 @@ from memlm.models.taps import body
 from memlm.ops.dense_distance import DenseConfig
 from memlm.ops.lambda_rule import Clamp, LambdaConfig
 from memlm.ops.middle_rule import MiddleConfig
+from memlm.ops.window_attention import Impl
 
 
 def extend_context(
     model: PreTrainedModel,
     *,
     window: int,
-    sinks: int = 10,
+    sinks: int | Sequence[tuple[int, int]] = 10,
     distance_limit: int | Literal["window"] | None = "window",
     clamp: Clamp = "causal",
     middle: Literal["dropped", "kept"] | MiddleConfig = "dropped",
     triangle_offset: float = 0.0,
+    chunk: int = CHUNK,
+    impl: Impl = "auto",
 ) -> PreTrainedModel:
     """Let ``model`` read and write texts of any length, in place (LM-Infinite, Han et al. 2024).
 
@@ -48,7 +59,9 @@ def extend_context(
             of another one with rotary positions that passes the probe.
         window: tokens seen at their true distance; at most the length the model was trained on.
         sinks: first tokens of the sequence that stay visible; the paper's code uses 10 to 100. To
-            pin a system prompt, give the number of its tokens.
+            pin a system prompt, give the number of its tokens; to pin any spans of positions, pairs
+            ``(begin, end)``, as ``[(0, 4), (120, 180)]``: tokens ``begin`` to ``end - 1`` of every
+            row, padding not counted.
         distance_limit: largest distance at which sinks are scored; ``"window"``: as the paper's
             code; None: their true distance.
         clamp: ``"causal"``; ``"original"``: the rule of the paper's code; ``"streaming"``: that of
@@ -59,6 +72,10 @@ def extend_context(
             limit, in time and memory n x n and without a cache: the slower path of the paper's
             code, for comparison.
         triangle_offset: weakens the middle that is kept, see `memlm.ops.dense_distance`.
+        chunk: tokens of a prompt that are read at once where only its last logits are asked for, as
+            ``generate`` does (`memlm.models.extend_chunks`); never less than the window.
+        impl: of the attention over more than one token, see
+            `memlm.ops.window_attention.window_attention`.
 
     Returns:
         The same model.
@@ -71,10 +88,16 @@ def extend_context(
     if clamp == "streaming" and distance_limit == "window":
         limit = None
     config: LambdaConfig | DenseConfig
-    config = LambdaConfig(window=window, sinks=sinks, distance_limit=limit, clamp=clamp)
+    first, pinned = _spans(sinks)
+    config = LambdaConfig(window, first, limit, clamp, pinned)
+    if pinned and middle != "dropped":
+        raise InputError(
+            f"pinned spans need middle='dropped', since they lie in the middle, got {pinned} and "
+            f"{middle!r}; give sinks as a number"
+        )
     if middle == "kept":
         rule = "original" if clamp == "original" else "correct"
-        config = DenseConfig(window, sinks, limit, triangle_offset, rule)
+        config = DenseConfig(window, first, limit, triangle_offset, rule)
     elif not (middle == "dropped" or isinstance(middle, MiddleConfig)) or triangle_offset:
         raise InputError(
             "middle must be 'dropped', a MiddleConfig, or 'kept' for a triangle offset, got "
@@ -88,9 +111,9 @@ def extend_context(
     layers = attention_layers(inner)
     check_family(model, inner, layers)
     check_window(model, layers, None if middle == "kept" else window)
-    selected = _selected(middle, window, len(layers))
+    selected = _selected(middle, window, layers)
     probe = look(model, inner, uniform_window(model), model.config.model_type in FAMILIES)
-    extension = Extension(model, inner, config, selected)
+    extension = Extension(model, inner, config, selected, chunk, impl)
     try:
         extension.prove(probe)
     except BaseException:
@@ -99,7 +122,9 @@ def extend_context(
     return model
 
 
-def _selected(middle: str | MiddleConfig, window: int, layers: int) -> MiddleConfig | None:
+def _selected(
+    middle: str | MiddleConfig, window: int, layers: list[nn.Module]
+) -> MiddleConfig | None:
     """What selects middle tokens, if anything does.
 
     Raises:
@@ -112,12 +137,33 @@ def _selected(middle: str | MiddleConfig, window: int, layers: int) -> MiddleCon
             f"blocks of middle tokens must not exceed the window of {window}, got {middle.block}; "
             "set a smaller block"
         )
-    if not middle.layers(layers):
+    numbers = range(len(layers))
+    full = [number for number in numbers if own_window(layers[number]) is None] or numbers
+    if not set(middle.layers(len(layers))) & set(full):
         raise InputError(
-            f"middle tokens must be seen in some of the {layers} layers, but their first_layer is "
-            f"{middle.first_layer}; set a lower one"
+            f"middle tokens must be seen in some of the {len(layers)} layers, and in one that does "
+            f"not slide if others do, but first_layer is {middle.first_layer} and end_layer "
+            f"{middle.end_layer}; set a lower first_layer"
         )
     return middle
+
+
+def _spans(sinks: int | Sequence[tuple[int, int]]) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """How many first tokens are sinks, and which spans behind them.
+
+    Raises:
+        InputError: if it is neither a number nor pairs of numbers.
+    """
+    if isinstance(sinks, int):
+        return sinks, ()
+    spans = sorted(tuple(span) for span in sinks)
+    if not all(len(span) == 2 and all(isinstance(at, int) for at in span) for span in spans):
+        raise InputError(
+            f"sinks must be a number or pairs (begin, end) of positions, got {sinks!r}; pass "
+            "sinks=10 or sinks=[(0, 10), (500, 560)]"
+        )
+    first = spans.pop(0)[1] if spans and spans[0][0] == 0 else 0
+    return first, tuple(spans)  # type: ignore[arg-type]
 
 
 def restore_context(model: PreTrainedModel) -> PreTrainedModel:

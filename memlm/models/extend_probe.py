@@ -70,8 +70,20 @@ def run(model: PreTrainedModel, inner: nn.Module, tokens: Tensor, **inputs: Any)
 
 
 def tolerance(model: PreTrainedModel) -> float:
-    """Largest relative error that is put down to rounding."""
-    return 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
+    """Largest relative error that is put down to rounding.
+
+    Where activations are quantised too, it is by the range of each call, so equal tokens differ
+    from call to call.
+    """
+    exact = model.dtype in (torch.float32, torch.float64) and not is_quantized(model)
+    return 1e-3 if exact else 5e-2
+
+
+def is_quantized(model: PreTrainedModel) -> bool:
+    """Whether transformers or torch have quantised its layers."""
+    return bool(getattr(model, "is_quantized", False)) or any(
+        "quantized" in type(module).__module__ for module in model.modules()
+    )
 
 
 def check_reached(model: PreTrainedModel, reached: list[int]) -> None:

@@ -76,7 +76,8 @@ class Extension:
         impl: Impl = "auto",
     ):
         self.model, self.inner, self.config = model, inner, config
-        self.middle, self.impl = middle, impl
+        self.middle = middle
+        self.impl: Impl = impl
         _own_config(model)
         self.family: str = model.config.model_type
         self.implementation: Any = model.config._attn_implementation
@@ -89,9 +90,9 @@ class Extension:
         self.layers = attention_layers(inner)
         windows = {own_window(layer) for layer in self.layers}
         self.mixed = None in windows and len(windows) > 1
-        self._by_kind = self.rotary is not None and takes_layer_type(self.rotary)
+        self._by_kind = not self.adapters and takes_layer_type(self.rotary)
         homes = {type(getattr(layer, "real", layer)).__module__ for layer in self.layers}
-        self._applied = {
+        self._applied: dict[str, Any] = {
             home: getattr(sys.modules[home], "apply_rotary_pos_emb", None) for home in homes
         }
         for module in (inner, *self.layers):

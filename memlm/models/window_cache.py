@@ -4,11 +4,14 @@ Lambda attention never looks at anything else, so a sequence of any length needs
 
     2 * rows * key heads * (sinks + window + SPARE + 1) * dim
 
-numbers per layer, allocated once. A token at position p of its row goes to slot p mod (window +
-SPARE) of the ring, whatever padding stands around it, and the first `sinks` tokens also to slots of
-their own; padding goes to one last column that nobody reads. Spare slots let ``crop`` take back
-tokens, as assisted and prompt-lookup decoding do. Keys of the ring are rotated by their slots, see
-`memlm.ops.window_step`.
+numbers per layer, allocated once; pinned spans count among the sinks. A token at position p of its
+row goes to slot p mod (window + SPARE) of the ring, whatever padding stands around it, and sinks
+also to slots of their own; padding goes to one last column that nobody reads. Spare slots let
+``crop`` take back tokens, as assisted and prompt-lookup decoding do. Keys of the ring are rotated
+by their slots, see `memlm.ops.window_step`.
+
+A step of one token can be compiled (`torch.compile`): nothing is allocated again, no number goes to
+Python, and its shapes stay as they are.
 
 The layer belongs to an ordinary Hugging Face cache, so beams reorder it and `generate` repeats and
 selects its rows. `memlm.models.window_file` puts it on disk.
@@ -16,6 +19,7 @@ selects its rows. `memlm.models.window_file` puts it on disk.
 Differs from the paper's code: that one keeps every key and rotates all of them at every step.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,8 +27,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from memlm.core.errors import InputError
-from memlm.ops.lambda_rule import Keys, LambdaConfig, Rotate
-from memlm.ops.window_attention import window_attention
+from memlm.ops.lambda_rule import Keys, LambdaConfig, Rotate, sink_numbers
+from memlm.ops.window_attention import Impl, window_attention
 from memlm.ops.window_step import step_attention
 
 SPARE = 64
@@ -36,7 +40,7 @@ class WindowLayer(CacheLayerMixin):
     Attributes:
         config: what the layer sees.
         slots: of the ring.
-        length: tokens seen so far, padding included.
+        seen: ``()`` int64, tokens seen so far, padding included.
         positions: ``(rows, sinks + slots + 1)`` int64, the place in its row of what a column
             holds; -1: nothing.
     """
@@ -47,25 +51,36 @@ class WindowLayer(CacheLayerMixin):
 
     keys: Any
     values: Any
+    seen: Tensor
     positions: Tensor
 
     def __init__(self, config: LambdaConfig):
         super().__init__()
         self.config = config
         self.slots = config.window + SPARE
-        self.length = 0
-        self._sinks_open = config.sinks > 0
+        self._length: int | None = 0
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far, padding included."""
+        if self._length is None:  # a compiled step has counted
+            self._length = int(self.seen)
+        return self._length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Empty slots for the rows and on the device of the first keys."""
         self.dtype, self.device = key_states.dtype, key_states.device
-        columns = self.config.sinks + self.slots + 1
-        self.keys, self.values = (
-            part.new_zeros(*part.shape[:2], columns, part.shape[3])
-            for part in (key_states.detach(), value_states.detach())
-        )
+        columns = self.config.kept + self.slots + 1
         shape = (len(key_states), columns)
-        self.positions = torch.full(shape, -1, dtype=torch.long, device=self.device)
+        with torch.inference_mode(False):  # so that it can be written anywhere
+            self.keys, self.values = (
+                torch.zeros(
+                    *part.shape[:2], columns, part.shape[3], dtype=part.dtype, device=part.device
+                )
+                for part in (key_states, value_states)
+            )
+            self.positions = torch.full(shape, -1, dtype=torch.long, device=self.device)
+            self.seen = torch.zeros((), dtype=torch.long, device=self.device)
         self.is_initialized = True
 
     def update(
@@ -77,39 +92,47 @@ class WindowLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        self.length += key_states.shape[2]
+        self.count(key_states.shape[2])
         return key_states, value_states
 
-    def attend(self, query: Tensor, new: Keys, **how: Any) -> Tensor:
+    def count(self, tokens: int) -> None:
+        """``tokens`` more have been seen."""
+        # a number in Python would have a compiled step compiled anew whenever it changes
+        self._length = None if torch.compiler.is_compiling() else self.length + tokens
+        self.seen.add_(tokens)
+
+    def attend(self, query: Tensor, new: Keys, impl: Impl = "auto", **how: Any) -> Tensor:
         """Attention of the new tokens over themselves and what is held; then they are held too.
 
         Args:
             query: ``(rows, heads, new, dim)``, not rotated.
             new: keys and values of the same tokens, not rotated.
+            impl: for more than one token, as in ``window_attention``.
             how: rotation, slopes, scale and soft-cap, as in ``window_attention``.
 
         Returns:
             ``(rows, heads, new, value dim)``.
         """
-        self._make_writable()
         rotate: Rotate | None = how.get("rotate")
-        if self._sinks_open:
-            self._write(new, self._sink_columns(new.positions))
-            self._sinks_open = bool((self.positions[:, : self.config.sinks] < 0).any())
+        self._write(new, sink_numbers(new.positions, self.config))
+        kept = self.config.kept
         if query.shape[2] == 1:
             self._hold(new, rotate)
-            width = self.config.sinks + min(self.length, self.slots)
-            held = self._columns(0, width)
+            # compiled, all slots, so that shapes stay as they are
+            ring = self.slots if torch.compiler.is_compiling() else min(self.length, self.slots)
+            held = self._columns(0, kept + ring)
             return step_attention(query, new.positions, held, self.slots, self.config, **how)
         before = self.length - query.shape[2]
-        sinks = self._columns(0, self.config.sinks)
         keys = _join(self._window(min(before, self.slots), rotate), new) if before else new
-        output = window_attention(query, new.positions, keys, sinks, self.config, **how)
+        sinks = self._columns(0, kept)
+        output = window_attention(query, new.positions, keys, sinks, self.config, impl=impl, **how)
         self._hold(new, rotate)
         return output
 
-    def get_seq_length(self) -> int:
-        """Tokens seen so far, padding included."""
+    def get_seq_length(self) -> Any:
+        """Tokens seen so far, padding included; while compiling, as a tensor."""
+        if torch.compiler.is_compiling() and self.is_initialized:
+            return self.seen
         return self.length
 
     def get_max_length(self) -> int:
@@ -118,14 +141,13 @@ class WindowLayer(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """As a cache that keeps everything, so that masks keep their usual shape."""
-        return self.length + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def reset(self) -> None:
         """Forget everything."""
         self.keys = self.values = None
         self.is_initialized = False
-        self.length = 0
-        self._sinks_open = self.config.sinks > 0
+        self._length = 0
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` tokens, which are no padding in any row.
@@ -147,11 +169,9 @@ class WindowLayer(CacheLayerMixin):
                 f"{min(self.length, SPARE + 1)} tokens, got {count}; have an assistant propose "
                 "fewer tokens at once"
             )
-        self._make_writable()
         last = self.positions.amax(1, keepdim=True)
         self.positions.masked_fill_(self.positions > last - count, -1)
-        self.length -= count
-        self._sinks_open = self.config.sinks > 0
+        self.count(-count)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Row ``i`` continues what row ``beam_idx[i]`` was."""
@@ -160,25 +180,25 @@ class WindowLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows ``indices``."""
         if self.is_initialized:
-            kept = (self.keys, self.values, self.positions)
-            self.keys, self.values, self.positions = (
-                part[indices.to(part.device)] for part in kept
-            )
+            self._replace(lambda part: part[indices.to(part.device)])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row ``repeats`` times, copies beside each other."""
         if self.is_initialized:
+            self._replace(lambda part: part.repeat_interleave(repeats, dim=0))
+
+    def _replace(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change the rows of all that is held."""
+        with torch.inference_mode(False):
             kept = (self.keys, self.values, self.positions)
-            self.keys, self.values, self.positions = (
-                part.repeat_interleave(repeats, dim=0) for part in kept
-            )
+            self.keys, self.values, self.positions = (change(part) for part in kept)
 
     def _columns(self, begin: int, end: int) -> Keys:
         return Keys(self.keys, self.values, self.positions).narrow(begin, end)
 
     def _window(self, width: int, rotate: Rotate | None) -> Keys:
         """The first ``width`` slots of the ring, unrotated, in the order of positions."""
-        ring = self._columns(self.config.sinks, self.config.sinks + width)
+        ring = self._columns(self.config.kept, self.config.kept + width)
         if rotate is not None:
             slots = torch.arange(width, device=self.positions.device).expand(len(ring.key), -1)
             # the rotation may scale too (YaRN), once on the way in and once on the way back
@@ -193,17 +213,14 @@ class WindowLayer(CacheLayerMixin):
         slots = new.positions.clamp(min=0) % self.slots
         # a slot may come twice in a long piece: only its latest token counts
         latest = new.positions > new.positions.amax(1, keepdim=True) - self.slots
-        columns = torch.where(latest & (new.positions >= 0), self.config.sinks + slots, -1)
+        columns = torch.where(latest & (new.positions >= 0), self.config.kept + slots, -1)
         if rotate is not None:
             new = new._replace(key=rotate(new.key, slots))
         self._write(new, columns)
 
-    def _sink_columns(self, positions: Tensor) -> Tensor:
-        return torch.where(positions < self.config.sinks, positions, -1)
-
     def _write(self, new: Keys, columns: Tensor) -> None:
         """Put tokens into ``columns`` ``(rows, new)``; -1: into the one that nobody reads."""
-        unread = self.config.sinks + self.slots
+        unread = self.config.kept + self.slots
         columns = torch.where(columns < 0, unread, columns)
         index = columns[:, None, :, None]
         self.keys, self.values = (
@@ -211,13 +228,6 @@ class WindowLayer(CacheLayerMixin):
             for held, part in ((self.keys, new.key), (self.values, new.value))
         )
         self.positions.scatter_(1, columns, new.positions.masked_fill(columns == unread, -1))
-
-    def _make_writable(self) -> None:
-        """What was made in inference mode cannot be written outside of it."""
-        if self.keys.is_inference() and not torch.is_inference_mode_enabled():
-            self.keys, self.values, self.positions = (
-                part.clone() for part in (self.keys, self.values, self.positions)
-            )
 
 
 def scattered(held: Tensor, index: Tensor, part: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from memlm.core.config import Config, check
+from memlm.ops.logsumexp import safe_logsumexp
+from memlm.ops.parts import Part
 
 Clamp = Literal["causal", "original", "streaming"]
 # rotate(x (batch, heads, time, dim), positions (batch, time)) -> x rotated by its positions
@@ -25,6 +27,8 @@ class LambdaConfig(Config):
     Attributes:
         window: keys seen at their true distance, the query's own included; at least 1.
         sinks: first tokens seen from beyond the window; 0 is a plain sliding window.
+        pinned: spans ``(begin, end)`` of later positions that are sinks too, as a system prompt in
+            the middle of a text: tokens ``begin`` to ``end - 1`` of every row, in order.
         distance_limit: largest distance at which a sink is scored; None: its true distance.
         clamp: ``"causal"``: a sink at distance d is scored at ``min(d, distance_limit)``;
             ``"original"``: every sink at ``min(distance_limit, length - 1)``, as the paper's code;
@@ -36,6 +40,7 @@ class LambdaConfig(Config):
     sinks: int = 10
     distance_limit: int | None = None
     clamp: Clamp = "causal"
+    pinned: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         check(self.window >= 1, f"window must be at least 1, got {self.window}")
@@ -52,6 +57,28 @@ class LambdaConfig(Config):
             limit is None or self.clamp != "streaming",
             f"clamp='streaming' has distances of its own, got distance_limit={limit}; pass None",
         )
+        ends = (self.sinks, *(end for _, end in self.pinned))
+        gaps = zip(ends, self.pinned, strict=False)
+        check(
+            all(last <= begin < end for last, (begin, end) in gaps),
+            f"pinned spans must be (begin, end) with begin < end, in order, apart, and behind the "
+            f"first {self.sinks} tokens, got {self.pinned}",
+        )
+        check(
+            not (self.pinned and self.clamp == "streaming"),
+            "clamp='streaming' counts what is kept from the beginning of the text, got pinned "
+            f"spans {self.pinned}; use clamp='causal'",
+        )
+
+    @property
+    def spans(self) -> tuple[tuple[int, int], ...]:
+        """All spans of positions that are sinks, the first tokens included."""
+        return (*(((0, self.sinks),) if self.sinks else ()), *self.pinned)
+
+    @property
+    def kept(self) -> int:
+        """How many tokens are sinks."""
+        return sum(end - begin for begin, end in self.spans)
 
 
 class Keys(NamedTuple):
@@ -85,22 +112,40 @@ class Keys(NamedTuple):
 
 
 def first_keys(keys: Keys, count: int) -> Keys:
-    """The keys at positions 0 to ``count - 1`` of every row.
+    """The keys at positions 0 to ``count - 1`` of every row, as ``sink_keys``."""
+    return sink_keys(keys, LambdaConfig(window=1, sinks=count))
+
+
+def sink_keys(keys: Keys, config: LambdaConfig) -> Keys:
+    """The keys of all sinks.
 
     Returns:
-        ``count`` columns; position -1 where the row has no such key.
+        ``config.kept`` columns; position -1 where the row has no such key.
     """
     batch, columns = keys.positions.shape
-    places = torch.arange(count, device=keys.positions.device)
+    numbers = sink_numbers(keys.positions, config)
+    # the last column takes what is no sink
+    numbers = torch.where(numbers < 0, config.kept, numbers)
+    shape = (batch, config.kept + 1)
+    places = keys.positions.new_full(shape, -1).scatter(1, numbers, keys.positions)
     if columns == 0:
-        return Keys(
-            keys.key.new_zeros(*keys.key.shape[:2], count, keys.key.shape[3]),
-            keys.value.new_zeros(*keys.value.shape[:2], count, keys.value.shape[3]),
-            places.new_full((batch, count), -1),
+        key, value = (
+            part.new_zeros(*part.shape[:2], config.kept, part.shape[3]) for part in keys[:2]
         )
-    here = keys.positions[:, None, :] == places[:, None]
-    found = keys.select(here.int().argmax(-1))
-    return found._replace(positions=torch.where(here.any(-1), places, -1))
+        return Keys(key, value, places[:, :-1])
+    order = torch.arange(columns, device=places.device).expand(batch, -1)
+    where = torch.zeros_like(places).scatter(1, numbers, order)
+    return keys.select(where[:, :-1])._replace(positions=places[:, :-1])
+
+
+def sink_numbers(positions: Tensor, config: LambdaConfig) -> Tensor:
+    """Which sink a token is, counted over all spans; -1: none. Same shape as ``positions``."""
+    numbers, before = torch.full_like(positions, -1), 0
+    for begin, end in config.spans:
+        inside = (positions >= begin) & (positions < end)
+        numbers = torch.where(inside, positions - begin + before, numbers)
+        before += end - begin
+    return numbers
 
 
 class Scores(NamedTuple):
@@ -152,29 +197,80 @@ def sink_scores(query: Tensor, positions: Tensor, sinks: Keys, scores: Scores) -
     window, limit = scores.config.window, scores.limit
     distance = positions[:, :, None] - sinks.positions[:, None, :]
     seen = (distance >= window) & (positions >= 0)[:, :, None] & (sinks.positions >= 0)[:, None, :]
-    key = sinks.key.to(query.dtype)
+    sinks = sinks._replace(key=sinks.key.to(query.dtype))
     if scores.config.clamp == "streaming":
         near = positions.clamp(max=window + scores.config.sinks - 1)
         distance = near[:, :, None] - sinks.positions[:, None, :]
-        return scores.finish(_true_dots(query, near, key, sinks, scores), distance, seen)
+        return scores.finish(_true_dots(query, near, sinks, scores), distance, seen)
     if limit is None:
-        return scores.finish(_true_dots(query, positions, key, sinks, scores), distance, seen)
-    still = scores.turn(key, torch.zeros_like(sinks.positions))
+        return scores.finish(_true_dots(query, positions, sinks, scores), distance, seen)
+    still = scores.turn(sinks.key, torch.zeros_like(sinks.positions))
     far = grouped_dots(scores.turn(query, torch.full_like(positions, limit)), still)
     if limit <= window or scores.config.clamp == "original":
         return scores.finish(far, torch.full_like(distance, limit), seen)
-    # beyond the limit the true distance is not used, so the query need not be rotated further
-    near = positions.clamp(max=limit + int(sinks.positions.max().clamp(min=0)))
-    true = _true_dots(query, near, key, sinks, scores)
-    dots = torch.where((distance < limit)[:, None, None], true, far)
+    dots = torch.where(
+        (distance < limit)[:, None, None], _true_dots(query, positions, sinks, scores), far
+    )
     return scores.finish(dots, distance.clamp(max=limit), seen)
 
 
-def _true_dots(
-    query: Tensor, positions: Tensor, key: Tensor, sinks: Keys, scores: Scores
-) -> Tensor:
-    turned = scores.turn(query, positions.clamp(min=0))
-    return grouped_dots(turned, scores.turn(key, sinks.positions.clamp(min=0)))
+def _true_dots(query: Tensor, positions: Tensor, sinks: Keys, scores: Scores) -> Tensor:
+    """Products at true distances, those beyond a limit left open; relative to each span."""
+    parts, before = [], 0
+    for begin, end in scores.config.spans:
+        here = sinks.narrow(before, before + end - begin)
+        before += end - begin
+        # beyond the limit the true distance is not used, so the query need not be rotated further
+        most = None if scores.limit is None else scores.limit + end - begin
+        turned = scores.turn(query, (positions - begin).clamp(min=0, max=most))
+        key = scores.turn(here.key, (here.positions - begin).clamp(min=0))
+        parts.append(grouped_dots(turned, key))
+    return torch.cat(parts, dim=-1)
+
+
+def sink_part(query: Tensor, positions: Tensor, sinks: Keys, scores: Scores) -> Part:
+    """What sinks alone give these queries, in float32 at least; arguments as in `sink_scores`."""
+    work = torch.promote_types(query.dtype, torch.float32)
+    rows = sink_scores(query.to(work), positions, sinks, scores)
+    empty = torch.isneginf(rows).all(-1, keepdim=True)
+    weights = torch.softmax(rows.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+    output = weights.flatten(2, 3) @ sinks.value.to(work)
+    output = output.unflatten(2, rows.shape[2:4]).flatten(1, 2)
+    return Part(output, safe_logsumexp(rows).flatten(1, 2))
+
+
+def reach(positions: Tensor, places: Tensor, begin: int, window: int) -> tuple[int, int]:
+    """The columns from ``begin`` on that some query sees in its window.
+
+    Args:
+        positions: ``(batch, queries)`` of queries.
+        places: ``(batch, keys)``: positions of keys.
+        begin: the first column to look at.
+        window: how far a query sees.
+    """
+    low = first_real(positions)
+    high = positions.amax(-1, keepdim=True)
+    # low is huge in rows without a query: they ask for nothing
+    seen = (places >= 0) & (places > low - window) & (places <= high)
+    columns = seen[:, begin:].any(0).nonzero()
+    if len(columns) == 0:
+        return begin, begin
+    return begin + int(columns[0]), begin + int(columns[-1]) + 1
+
+
+def first_real(positions: Tensor) -> Tensor:
+    """``(batch, 1)``: the lowest position that is no padding; huge where there is none."""
+    huge = torch.iinfo(positions.dtype).max
+    return torch.where(positions >= 0, positions, huge).amin(-1, keepdim=True)
+
+
+def before_window(positions: Tensor, window: int) -> Tensor:
+    """``(batch, 1)``: the position just before all that these queries see in their windows.
+
+    Relative to it positions are small, however long the text is.
+    """
+    low = first_real(positions)
+    return torch.where(low < torch.iinfo(low.dtype).max, low, 0) - window
 
 
 def grouped_dots(query: Tensor, key: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ payload: ``lse = logaddexp(a, b)``, outputs weighted by ``exp(. - lse)``. An emp
 ``lse = -inf`` and changes nothing.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -32,14 +33,14 @@ class Part(NamedTuple):
         return Part(self.output[:, :, begin:end], self.lse[:, :, begin:end])
 
 
-def union_of_parts(a: Part, b: Part) -> Tensor:
-    """``(batch, heads, queries, value dim)`` of both sets under one softmax, in float32 at least.
+def union_of_parts(*parts: Part) -> Tensor:
+    """``(batch, heads, queries, value dim)`` of all sets under one softmax, in float32 at least.
 
-    Zeros where both are empty.
+    Zeros where all are empty.
     """
-    total = safe_logaddexp(a.lse, b.lse)
+    total = functools.reduce(safe_logaddexp, (part.lse for part in parts))
     total = torch.where(torch.isneginf(total), torch.zeros_like(total), total)
-    work = torch.promote_types(a.output.dtype, total.dtype)
+    work = torch.promote_types(parts[0].output.dtype, total.dtype)
     return sum(  # type: ignore[return-value]
-        part.output.to(work) * (part.lse - total).exp()[..., None] for part in (a, b)
+        part.output.to(work) * (part.lse - total).exp()[..., None] for part in parts
     )

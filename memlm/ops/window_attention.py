@@ -2,8 +2,8 @@
 
 LM-Infinite (Han et al. 2024): query i sees key j at distance d = i - j if
 
-    local    0 <= d < window              scored at its true distance d
-    sink     j < sinks and d >= window    scored at min(d, distance_limit)
+    local    0 <= d < window                       scored at its true distance d
+    sink     d >= window and j < sinks or pinned    scored at min(d, distance_limit)
 
     score(i, j) = <R(d') q_i, k_j> * scale - slope * d'     d' the distance above, R(p) rotary
 
@@ -22,7 +22,7 @@ rows if the limit exceeds the window (``clamp="original"`` does so too). The sof
 at least, no n x n or n x window tensor is held, padding is masked.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -33,18 +33,38 @@ from memlm.ops.lambda_rule import (
     LambdaConfig,
     Rotate,
     Scores,
+    before_window,
     first_keys,
     grouped_dots,
+    reach,
+    sink_keys,
     sink_scores,
 )
 from memlm.ops.logsumexp import safe_logsumexp
 from memlm.ops.parts import Part, union_of_parts
+from memlm.ops.window_flex import can_flex, flex
 from memlm.ops.window_tiles import can_tile, tiled
+from memlm.ops.window_varlen import can_varlen, varlen
 
-Impl = Literal["auto", "reference", "blocked", "tiled"]
+Impl = Literal["auto", "reference", "blocked", "tiled", "flex", "varlen"]
 _BLOCK = 512
+_LONG = 2048  # queries, from which on compiling is worth its while
+_NEEDS = {
+    "tiled": (
+        "tiles need float32, float64 or bfloat16 on a CPU without gradients, rows without "
+        "padding, neither slopes nor soft-cap, and a torch with the fused kernel"
+    ),
+    "varlen": (
+        "varlen needs float16 or bfloat16 on an NVIDIA GPU (Ampere or newer) without gradients, "
+        "neither slopes nor soft-cap, and a torch with its kernel"
+    ),
+    "flex": (
+        "flex needs float32, bfloat16 or float16 where torch can compile; on a CPU also no "
+        "gradients and all sinks at one distance, so no limit beyond the window"
+    ),
+}
 
-__all__ = ["Keys", "LambdaConfig", "Rotate", "first_keys", "window_attention"]
+__all__ = ["Keys", "LambdaConfig", "Rotate", "first_keys", "sink_keys", "window_attention"]
 
 
 def window_attention(
@@ -67,7 +87,7 @@ def window_attention(
         query: ``(batch, heads, queries, dim)``, not rotated; heads a multiple of the key heads.
         positions: ``(batch, queries)`` int64, -1 for padding.
         keys: every key that a window can reach, in order.
-        sinks: from ``first_keys``.
+        sinks: from ``sink_keys``.
         config: window, sinks and limit.
         rotate: rotary embedding; None for models without.
         slopes: ``(heads,)`` of ALiBi (Press et al. 2022).
@@ -75,15 +95,20 @@ def window_attention(
         softcap: scores become ``softcap * tanh(score / softcap)``.
         other: what these queries see besides, under the same softmax.
         impl: ``"reference"`` holds all scores; ``"blocked"`` those of 512 queries at a time;
-            ``"tiled"`` none: `memlm.ops.window_tiles`; ``"auto"``: tiled where that can be.
+            ``"tiled"`` (CPU, `memlm.ops.window_tiles`), ``"varlen"`` (CUDA in half precision,
+            `memlm.ops.window_varlen`) and ``"flex"`` (where torch compiles,
+            `memlm.ops.window_flex`) hold none; ``"auto"``: the fastest that can compute the call;
+            flex only on CUDA, and for 2048 queries or more.
 
     Returns:
         ``(batch, heads, queries, value dim)`` in the dtype of ``value``; zeros where nothing is
         seen.
 
     Raises:
-        InputError: if the shapes do not fit or ``impl`` is unknown.
+        InputError: if the shapes do not fit, ``impl`` is unknown or cannot compute this call.
     """
+    if impl not in get_args(Impl):
+        raise InputError(f"impl must be one of {', '.join(get_args(Impl))}, got {impl!r}")
     _check_shapes(query, positions, keys, sinks)
     scale = float(query.shape[-1] ** -0.5) if scale is None else scale
     limit = config.distance_limit
@@ -92,17 +117,19 @@ def window_attention(
     scores = Scores(config, limit, rotate, slopes, scale, softcap)
     if impl == "reference":
         return _reference(query, positions, keys, sinks, scores, other)
-    if impl not in ("auto", "blocked", "tiled"):
-        raise InputError(f"impl must be 'auto', 'reference', 'blocked' or 'tiled', got {impl!r}")
-    if impl != "blocked" and can_tile(query, positions, keys, scores):
-        return tiled(query, positions, keys, sinks, scores, other)
-    if impl == "tiled":
-        raise InputError(
-            "tiles need float32, float64 or bfloat16 on a CPU without gradients, rows without "
-            "padding, neither slopes nor soft-cap, and a torch with the fused kernel, got "
-            "something else; use impl='auto'"
-        )
-    return _blocked(query, positions, keys, sinks, scores, other)
+    given = (query, positions, keys, sinks, scores, other)
+    if impl in ("auto", "tiled") and can_tile(query, positions, keys, scores):
+        return tiled(*given)
+    if impl in ("auto", "varlen") and can_varlen(query, positions, keys, scores):
+        return varlen(*given)
+    worth = impl == "flex" or (impl == "auto" and query.is_cuda and query.shape[2] >= _LONG)
+    if worth and can_flex(query, keys, scores, other):
+        output = flex(*given)
+        if output is not None:
+            return output
+    if impl in _NEEDS:
+        raise InputError(f"{_NEEDS[impl]}, got something else; use impl='auto'")
+    return _blocked(*given)
 
 
 def _reference(
@@ -157,26 +184,13 @@ def _blocked(
     begin = 0
     for start in range(0, query.shape[2], _BLOCK):
         part = slice(start, start + _BLOCK)
-        begin, end = _reach(positions[:, part], keys.positions, begin, scores.config.window)
+        begin, end = reach(positions[:, part], keys.positions, begin, scores.config.window)
         block = keys.narrow(begin, end)
         beside = None if other is None else other.narrow(start, start + _BLOCK)
         outputs.append(_block(query[:, :, part], positions[:, part], block, sinks, scores, beside))
     if not outputs:
         return query.new_zeros(*query.shape[:3], keys.value.shape[-1], dtype=keys.value.dtype)
     return torch.cat(outputs, dim=2)
-
-
-def _reach(positions: Tensor, places: Tensor, begin: int, window: int) -> tuple[int, int]:
-    """The columns from ``begin`` on that some query of the block sees in its window."""
-    real = positions >= 0
-    low = torch.where(real, positions, torch.iinfo(positions.dtype).max).amin(-1, keepdim=True)
-    high = torch.where(real, positions, -1).amax(-1, keepdim=True)
-    # low is huge in rows without a query: they ask for nothing
-    seen = (places >= 0) & (places > low - window) & (places <= high)
-    columns = seen[:, begin:].any(0).nonzero()
-    if len(columns) == 0:
-        return begin, begin
-    return begin + int(columns[0]), begin + int(columns[-1]) + 1
 
 
 def _block(
@@ -186,9 +200,7 @@ def _block(
     work = torch.promote_types(query.dtype, torch.float32)
     query = query.to(work)
     real = positions >= 0
-    low = torch.where(real, positions, torch.iinfo(positions.dtype).max).amin(-1, keepdim=True)
-    # positions from here on are relative to the first window of the block
-    base = torch.where(low < torch.iinfo(positions.dtype).max, low, 0) - window
+    base = before_window(positions, window)
     distance = positions[:, :, None] - keys.positions[:, None, :]
     seen = (distance >= 0) & (distance < window)
     seen &= real[:, :, None] & (keys.positions >= 0)[:, None, :]

@@ -39,7 +39,7 @@ def step_attention(
     Args:
         query: ``(batch, heads, 1, dim)``, not rotated.
         positions: ``(batch, 1)`` int64, -1 for padding.
-        held: ``config.sinks`` unrotated columns, then the ring or its first columns, which are
+        held: ``config.kept`` unrotated columns, then the ring or its first columns, which are
             rotated by their slots and hold the query's own key already.
         slots: S, at least ``config.window``.
         config: window, sinks and limit.
@@ -57,10 +57,10 @@ def step_attention(
     if limit is not None and config.clamp == "original":
         limit = min(limit, int(positions.max()))
     scores = Scores(config, limit, rotate, slopes, scale, softcap)
-    sinks = held.narrow(0, config.sinks)
-    ring = held.narrow(config.sinks, held.positions.shape[1])
+    sinks = held.narrow(0, config.kept)
+    ring = held.narrow(config.kept, held.positions.shape[1])
     rows = [_ring_scores(query, positions, ring, slots, scores)]
-    if config.sinks:
+    if config.kept:
         rows.insert(0, sink_scores(query, positions, sinks, scores))
     joined = torch.cat(rows, dim=-1).to(torch.promote_types(query.dtype, torch.float32))
     empty = torch.isneginf(joined).all(-1, keepdim=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memlm.ops.lambda_rule import Keys, Scores, sink_scores
+from memlm.ops.lambda_rule import Keys, Scores, sink_part
 from memlm.ops.parts import Part
 
 _QUERIES = 8192  # of one pass; bounds what is held besides inputs and outputs
@@ -141,20 +141,10 @@ def _span(
         )
         parts.append(_aligned(outer, first))
     if other is not None:
-        lse = torch.nn.functional.pad(other.lse.to(inner[1].dtype), (0, fill), value=-torch.inf)
-        output = torch.nn.functional.pad(other.output.to(query.dtype), (0, 0, 0, fill))
-        parts.append((_cut(output, tile), lse.unflatten(2, (tiles, tile)).transpose(1, 2)))
+        parts.append(_padded(other, tile, fill, inner[1].dtype))
     if sinks.positions.shape[1] == 0 or int(positions[0, -1]) < scores.config.window:
         return _joined(parts, new, query.dtype)
-    far = sink_scores(query, positions, sinks, scores).flatten(1, 2)
-    sides = (0, fill)
-    lse = far.to(inner[1].dtype).logsumexp(-1)
-    lse = torch.nn.functional.pad(lse, sides, value=-torch.inf)
-    weights = torch.softmax(far.masked_fill(torch.isneginf(far).all(-1, keepdim=True), 0), -1)
-    weights = weights.unflatten(1, (sinks.key.shape[1], -1)).flatten(2, 3)
-    output = (weights @ sinks.value).unflatten(2, (-1, new)).flatten(1, 2)
-    output = torch.nn.functional.pad(output, (0, 0, *sides))
-    parts.append((_cut(output, tile), lse.unflatten(2, (tiles, tile)).transpose(1, 2)))
+    parts.append(_padded(sink_part(query, positions, sinks, scores), tile, fill, inner[1].dtype))
     return _joined(parts, new, query.dtype)
 
 
@@ -171,6 +161,13 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
         query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1), 0.0, True, scale=scale
     )
     return output.unflatten(0, (batch, -1)), lse.unflatten(0, (batch, -1))
+
+
+def _padded(part: Part, tile: int, fill: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A part over all queries in tiles; ``fill`` more queries see nothing."""
+    output = torch.nn.functional.pad(part.output, (0, 0, 0, fill))
+    lse = torch.nn.functional.pad(part.lse.to(dtype), (0, fill), value=-torch.inf)
+    return _cut(output, tile), lse.unflatten(2, (-1, tile)).transpose(1, 2)
 
 
 def _aligned(part: tuple[Tensor, Tensor], first: int) -> tuple[Tensor, Tensor]:

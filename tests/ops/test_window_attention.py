@@ -6,39 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lambda_cases import CONFIGS, DIM, case, rotate, rows
 from torch.testing import assert_close
 
 from memlm.core.errors import InputError
 from memlm.ops import window_attention as module
 from memlm.ops import window_tiles
-from memlm.ops.window_attention import Keys, LambdaConfig, first_keys, window_attention
+from memlm.ops.window_attention import (
+    Keys,
+    LambdaConfig,
+    first_keys,
+    sink_keys,
+    window_attention,
+)
 from memlm.ops.window_step import step_attention
-
-DIM = 4
-
-
-def rotate(x, positions):
-    """Rotary embedding of adjacent pairs, in the dtype of ``x``."""
-    frequencies = 10.0 ** -torch.arange(0, x.shape[-1], 2, dtype=x.dtype)
-    angles = (positions[:, None, :, None] * frequencies).to(x.dtype)
-    a, b = x[..., 0::2], x[..., 1::2]
-    turned = (a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos())
-    return torch.stack(turned, dim=-1).flatten(-2)
-
-
-def case(positions, *, heads=4, key_heads=2, seed=0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(count):
-        shape = (positions.shape[0], count, positions.shape[1], DIM)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    return draw(heads), Keys(draw(key_heads), draw(key_heads), positions)
-
-
-def rows(*lengths, columns):
-    """Left-padded rows of positions."""
-    return torch.tensor([[-1] * (columns - n) + list(range(n)) for n in lengths])
 
 
 def pairs(query, keys, config, *, rope=None, slopes=None, softcap=None):
@@ -52,7 +33,8 @@ def pairs(query, keys, config, *, rope=None, slopes=None, softcap=None):
         for j in range(i + 1):
             other = int(keys.positions[b, j])
             d = place - other
-            if other < 0 or (d >= config.window and other >= config.sinks):
+            fixed = any(begin <= other < end for begin, end in config.spans)
+            if other < 0 or (d >= config.window and not fixed):
                 continue
             if d >= config.window and config.distance_limit is not None:
                 limit = config.distance_limit
@@ -71,16 +53,6 @@ def pairs(query, keys, config, *, rope=None, slopes=None, softcap=None):
     return output
 
 
-CONFIGS = [
-    LambdaConfig(window=w, sinks=g, distance_limit=d, clamp=c)
-    for w, g, d, c in [
-        (4, 2, 4, "causal"), (4, 0, None, "causal"), (1, 3, 1, "causal"), (5, 2, 3, "causal"),
-        (3, 2, 7, "causal"), (3, 2, 7, "original"), (3, 40, None, "causal"), (50, 2, 9, "causal"),
-        (4, 2, 100, "original"), (4, 2, None, "streaming"), (2, 5, None, "streaming"),
-    ]
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("impl", ["reference", "blocked"])
 @pytest.mark.parametrize("extra", ["rope", "alibi", "softcap"])
@@ -90,7 +62,7 @@ def test_it_is_the_definition(config, impl, extra, monkeypatch):
     options = {"slopes": torch.tensor([0.5, 0.25, 0.1, 0.0])} if extra == "alibi" else {}
     options |= {"softcap": 1.5} if extra == "softcap" else {}
     rope = rotate if extra != "alibi" else None
-    sinks = first_keys(keys, config.sinks)
+    sinks = sink_keys(keys, config)
     output = window_attention(
         query, keys.positions, keys, sinks, config, rotate=rope, impl=impl, **options
     )
@@ -246,6 +218,19 @@ def test_a_long_window_is_causal_attention():
     assert_close(output, expected)
 
 
+def test_far_pinned_spans_are_exact():
+    """Positions relative to each span: the same at 100 as at two hundred million."""
+    query, keys = case(torch.arange(40)[None], dtype=torch.float32)
+    outputs = []
+    for far in (0, 200_000_000):
+        config = LambdaConfig(4, 0, 30, pinned=((5 + far, 8 + far), (15 + far, 17 + far)))
+        here = keys._replace(positions=keys.positions + far)
+        sinks = sink_keys(here, config)
+        assert (sinks.positions - far).tolist() == [[5, 6, 7, 15, 16]]
+        outputs.append(window_attention(query, here.positions, here, sinks, config, rotate=rotate))
+    assert_close(*outputs, rtol=1e-5, atol=1e-6)
+
+
 def test_far_positions_are_exact():
     near = torch.arange(40)[None] + 1000
     query, keys = case(near, dtype=torch.float32)
@@ -288,6 +273,10 @@ def test_half_precision_stays_finite():
         ({"window": 4, "distance_limit": 0}, "distance_limit must be at least 1"),
         ({"window": 4, "clamp": "never"}, "clamp must be"),
         ({"window": 4, "clamp": "streaming", "distance_limit": 4}, "distances of its own"),
+        ({"window": 4, "pinned": ((20, 20),)}, "pinned spans must be"),
+        ({"window": 4, "sinks": 10, "pinned": ((9, 12),)}, "behind the first 10 tokens"),
+        ({"window": 4, "pinned": ((20, 30), (25, 40))}, "apart"),
+        ({"window": 4, "clamp": "streaming", "pinned": ((20, 30),)}, "counts what is kept"),
     ],
 )
 def test_settings_are_checked(settings, words):
