@@ -48,10 +48,12 @@ class Journal:
 
     def read(self) -> list[dict[str, Any]]:
         """Every whole record, oldest first; torn lines and blank lines are left out."""
-        if not self.path.exists():
+        try:
+            lines = self.path.read_bytes().split(b"\n")
+        except FileNotFoundError:  # not begun, or another process has just finished with it
             return []
         records = []
-        for line in self.path.read_bytes().split(b"\n"):
+        for line in lines:
             try:
                 record = json.loads(line)
             except (json.JSONDecodeError, UnicodeDecodeError):

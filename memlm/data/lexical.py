@@ -251,7 +251,7 @@ def read_order(path: str | Path, blocks: int) -> NDArray[np.int64]:
     """
     try:
         numbers = [int(value) for value in json.loads(Path(path).read_text(encoding="utf-8"))]
-    except (TypeError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:
         raise InputError(
             f"{path} must be a JSON list of the numbers of {blocks} blocks, got {error}; write it "
             "with write_order"

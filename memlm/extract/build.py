@@ -19,30 +19,29 @@ import multiprocessing
 import os
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.core.config import check
-from memlm.core.errors import InputError
 from memlm.core.progress import bar
-from memlm.core.threads import torch_threads
-from memlm.data.batches import IGNORED, make_batch, plan_batches
 from memlm.data.documents import read_documents
 from memlm.data.tokens import TokenCorpus, tokenize
 from memlm.data.windows import SlidingWindows, Windows, WindowTable
+from memlm.extract.coding import encode, prepare_codec
 from memlm.extract.config import ExtractionConfig
+from memlm.extract.ranges import extract_range
+from memlm.index.plan import IndexConfig
 from memlm.models.fingerprint import model_hash, tokenizer_hash
-from memlm.models.running import check_length, frozen
+from memlm.models.running import check_length, device_of, frozen
 from memlm.models.taps import Tap, find_tap, forward_to_tap
+from memlm.store.codec import Codec
 from memlm.store.manifest import (
     MANIFEST,
     Identity,
-    PlannedRange,
     StoreInfo,
     plan_ranges,
     read_manifest,
@@ -62,6 +61,7 @@ def build_datastore(
     *,
     windows: Windows | None = None,
     config: ExtractionConfig | None = None,
+    codes: IndexConfig | None = None,
     workers: int = 1,
     progress: bool = True,
 ) -> Datastore:
@@ -75,13 +75,14 @@ def build_datastore(
             one is opened as it is.
         windows: which tokens are read together; default: `SlidingWindows` of up to 512 tokens.
         config: what is kept and how.
+        codes: keep codes of the keys instead of the keys (`memlm.extract.coding`): which ones.
         workers: processes that share the work; the bytes do not depend on it.
         progress: show a bar (tokens per second, remaining time) when it takes over two seconds.
 
     Raises:
         InputError: for text without anything to predict, windows too long for the model, or keys
             that the dtype cannot hold.
-        FingerprintError: if ``out`` holds a store of another model, tokenizer, text or plan.
+        FingerprintError: if ``out`` holds a store of another model, tokenizer, text, codec or plan.
         StoreError: if the directory cannot be written.
     """
     check(workers >= 1, f"workers must be at least 1, got {workers}")
@@ -93,8 +94,16 @@ def build_datastore(
     tap = find_tap(model, config.tap)
     out = Path(out)
     identity = identify(model, tokenizer, corpus, windows, tap, config, _threads(config, out))
+    codec = None
+    if codes is not None:
+        codes = replace(codes, metric=config.metric)
+        codec = prepare_codec(
+            model, corpus, table, tap, identity, config.metric, codes, out, progress=progress
+        )
+        identity = replace(identity, codec=codec.fingerprint)
     info = StoreInfo(
         metric=config.metric,
+        code_size=None if codec is None else codec.code_size,
         documents=corpus.documents,
         vocab_size=int(model.config.get_text_config().vocab_size),
         corpus=corpus.describe(),
@@ -114,7 +123,7 @@ def build_datastore(
         ) as shown,
     ):
         while pending := writer.pending():
-            if not _work(writer, pending, model, corpus, table, tap, shown):
+            if not _work(writer, pending, model, corpus, table, tap, codec, shown):
                 time.sleep(_POLL_SECONDS)
         shown.update(len(writer.manifest) - shown.n)
     return writer.finalize()
@@ -180,56 +189,8 @@ def _threads(config: ExtractionConfig, out: Path) -> int:
 def key_dim(model: PreTrainedModel, tap: Tap) -> int:
     """Width of the keys, read off one token."""
     with frozen(model):
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        token = torch.zeros(1, 1, dtype=torch.int64, device=device_of(model))
         return forward_to_tap(model, tap, token).shape[-1]
-
-
-def extract_range(
-    model: PreTrainedModel,
-    corpus: TokenCorpus,
-    table: WindowTable,
-    tap: Tap,
-    identity: Identity,
-    planned: PlannedRange,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Keys, values, documents and positions of one range, in text order.
-
-    Returns:
-        ``(rows, dim)`` keys in the store's dtype, and three ``(rows,)`` int32: the next token, its
-        document, and its place in that document.
-
-    Raises:
-        InputError: if the store was imported and says nothing of batches.
-    """
-    if not identity.batch_tokens:
-        raise InputError(
-            "keys can only be computed as they were planned, but this store was imported and has "
-            "no plan; build a store from the text instead"
-        )
-    span = slice(planned.first_window, planned.last_window)
-    start = np.cumsum(table.targets[span]) - table.targets[span]
-    keys = torch.empty(planned.rows, identity.dim, dtype=getattr(torch, identity.dtype))
-    with frozen(model), torch_threads(identity.threads):
-        for numbers in plan_batches(table, batch_tokens=identity.batch_tokens, span=span):
-            batch = make_batch(corpus, table, numbers)
-            states = forward_to_tap(model, tap, batch.input_ids.to(model.device))
-            scored = states[(batch.targets != IGNORED).to(states.device)].to(keys.dtype)
-            rows = _ranges(start[numbers - span.start], table.targets[numbers])
-            keys[torch.from_numpy(rows)] = scored.cpu()
-    places = _ranges(table.first[span], table.targets[span])
-    documents = corpus.document_of(places)
-    return (
-        keys,
-        torch.from_numpy(corpus.tokens[places]),
-        torch.from_numpy(documents.astype(np.int32)),
-        torch.from_numpy((places - corpus.offsets[documents]).astype(np.int32)),
-    )
-
-
-def _ranges(start: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """``start[i], start[i] + 1, ..., start[i] + count[i] - 1`` for every i, one after another."""
-    step = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
-    return np.repeat(start, count) + step
 
 
 def _work(
@@ -239,6 +200,7 @@ def _work(
     corpus: TokenCorpus,
     table: WindowTable,
     tap: Tap,
+    codec: Codec | None,
     shown: Any = None,
 ) -> bool:
     """Do the ranges among ``numbers`` that nobody else holds; says whether there was one."""
@@ -248,10 +210,12 @@ def _work(
         with writer.claim(number) as mine:
             if mine:
                 worked = True
-                planned = manifest.ranges[number]
-                writer.write(
-                    number, *extract_range(model, corpus, table, tap, manifest.identity, planned)
-                )
+                planned, identity = manifest.ranges[number], manifest.identity
+                keys, *rest = extract_range(model, corpus, table, tap, identity, planned)
+                if codec is not None:
+                    metric, label = manifest.info.metric, f"keys of range {number}"
+                    keys = encode(codec, keys, identity, metric, label)
+                writer.write(number, keys, *rest)
         if shown is not None and time.monotonic() >= looked + _LOOK_SECONDS:
             looked = time.monotonic()
             shown.update(writer.finished_rows() - shown.n)
@@ -306,7 +270,9 @@ def _help(
     model.to(device)
     writer = StoreWriter(out, read_manifest(out))
     table = windows.table(corpus)
+    fingerprint = writer.manifest.identity.codec
+    codec = None if fingerprint is None else Codec.read(out, fingerprint)
     for number in writer.pending():
         if os.getppid() != parent:  # the build was killed; do not go on behind the user's back
             return
-        _work(writer, [number], model, corpus, table, tap)
+        _work(writer, [number], model, corpus, table, tap, codec)

@@ -16,7 +16,8 @@ from memlm.core.config import check
 from memlm.core.errors import FingerprintError
 from memlm.data.tokens import TokenCorpus
 from memlm.data.windows import windows_from_dict
-from memlm.extract.build import extract_range
+from memlm.extract.coding import encode
+from memlm.extract.ranges import extract_range
 from memlm.models.fingerprint import model_hash, tokenizer_hash
 from memlm.models.taps import find_tap
 from memlm.store.reader import Datastore
@@ -72,6 +73,9 @@ def recompute_sample(
         keys, values, documents, positions = extract_range(
             model, corpus, table, tap, identity, store.manifest.ranges[number]
         )
+        if store.codec is not None:
+            codes = encode(store.codec, keys, identity, store.metric, f"keys of range {number}")
+            keys = store.codec.decode(codes).to(store.dtype)
         stored = store.gather(torch.arange(rows.start, rows.stop)).float()
         difference = (stored - keys.float()).norm(dim=1) / keys.float().norm(dim=1).clamp(min=1e-6)
         covered += len(keys)

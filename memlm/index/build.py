@@ -10,17 +10,27 @@ centroids are not those of the original files.
 """
 
 import warnings
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, InputError
-from memlm.core.files import fingerprint, read_json, remove_temporaries, write_json
+from memlm.core.faiss_files import read_faiss, write_faiss
+from memlm.core.files import (
+    fingerprint,
+    make_folder,
+    read_json,
+    remove,
+    remove_temporaries,
+    write_json,
+)
 from memlm.core.progress import bar
 from memlm.core.types import Index
 from memlm.index.exact import ExactIndex
@@ -108,7 +118,7 @@ def build_index(
     if directory is not None:
         index.save(Path(directory))
         for name in (BUILDING_FILE, BUILDING_RECORD):
-            (Path(directory) / name).unlink(missing_ok=True)
+            remove(Path(directory) / name)
     return index
 
 
@@ -177,6 +187,7 @@ def load_index(
     store_fingerprint: str | None = None,
     nprobe: int | None = None,
     threads: int | None = None,
+    residency: str = "ram",
 ) -> Index:
     """The index saved in ``directory``.
 
@@ -186,6 +197,7 @@ def load_index(
         store_fingerprint: of the store in use; None: ``keys.fingerprint`` if there is one.
         nprobe: lists to visit, if other than as built; the measured recall is dropped then.
         threads: OpenMP threads of a search.
+        residency: of a FAISS index: "ram", "disk" or "gpu" (`FaissIndex.load`).
 
     Raises:
         FingerprintError: if the index was built from another store.
@@ -216,7 +228,7 @@ def load_index(
 
     from memlm.index.faiss_index import FaissIndex
 
-    index = FaissIndex.load(directory, nprobe=nprobe, threads=threads)
+    index = FaissIndex.load(directory, nprobe=nprobe, threads=threads, residency=residency)
     if keys is not None:
         check_own(index, as_keys(keys), directory)
     return index
@@ -260,7 +272,6 @@ class _Build:
 
         self.keys, self.config, self.plan, self.quiet = keys, config, plan, quiet
         self.directory = None if directory is None else Path(directory)
-        self.metric = faiss.METRIC_L2 if config.metric == "l2" else faiss.METRIC_INNER_PRODUCT
         self.identity = fingerprint(
             {
                 "config": config.to_dict(),
@@ -295,28 +306,27 @@ class _Build:
         return index
 
     def _train(self) -> Any:
-        import faiss
+        return train_faiss(
+            self.keys.dim, self.plan.factory, self.config.metric, self._sample, self.config.seed
+        )
 
-        index = faiss.index_factory(self.keys.dim, self.plan.factory, self.metric)
-        _seed(index, self.config.seed)
-        if not index.is_trained:
-            generator = np.random.default_rng(self.config.seed)
-            ids = generator.choice(len(self.keys), self.plan.train_size, replace=False)
-            ids.sort()
-            sample = np.empty((len(ids), self.keys.dim), np.float32)
-            for begin in range(0, len(ids), _BLOCK_ROWS):
-                part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
-                sample[begin : begin + len(part)] = prepare_keys(
-                    self.keys.gather(part), self.config.metric
-                )
-            index.train(sample)
-        return index
+    def _sample(self) -> NDArray[np.float32]:
+        generator = np.random.default_rng(self.config.seed)
+        ids = generator.choice(len(self.keys), self.plan.train_size, replace=False)
+        ids.sort()
+        sample = np.empty((len(ids), self.keys.dim), np.float32)
+        for begin in range(0, len(ids), _BLOCK_ROWS):
+            part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
+            sample[begin : begin + len(part)] = prepare_keys(
+                self.keys.gather(part), self.config.metric
+            )
+        return sample
 
     def _resume(self) -> Any | None:
         """The unfinished index of an earlier attempt at the very same build, or None."""
         if self.directory is None:
             return None
-        self.directory.mkdir(parents=True, exist_ok=True)
+        make_folder(self.directory)
         record, file = self.directory / BUILDING_RECORD, self.directory / BUILDING_FILE
         remove_temporaries(self.directory)
         try:
@@ -324,18 +334,72 @@ class _Build:
         except (CorruptStoreError, KeyError):
             same = False
         if same and file.exists():
-            from memlm.index.faiss_index import read_faiss
-
             return read_faiss(file)
-        file.unlink(missing_ok=True)
+        remove(file)
         write_json(record, {"identity": self.identity})
         return None
 
     def _keep(self, index: Any) -> None:
         if self.directory is not None:
-            from memlm.index.faiss_index import write_faiss
-
             write_faiss(index, self.directory / BUILDING_FILE)
+
+
+def train_faiss(
+    dim: int, factory: str, metric: str, sample: Callable[[], NDArray[np.float32]], seed: int
+) -> Any:
+    """A FAISS index without keys, trained if its type needs it.
+
+    Args:
+        dim: width of a key.
+        factory: FAISS factory string.
+        metric: "l2", "ip" or "cosine".
+        sample: makes keys ``(rows, dim)`` to train on, of length one for "cosine".
+        seed: of the clusterings.
+    """
+    import faiss
+
+    measure = faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT
+    index = faiss.index_factory(dim, factory, measure)
+    _seed(index, seed)
+    if not index.is_trained:
+        index.train(sample())
+    return index
+
+
+def index_of_codes(
+    codec: Path,
+    record: IndexRecord,
+    codes: Iterable[tuple[int, Tensor]],
+    *,
+    nprobe: int | None = None,
+    threads: int | None = None,
+) -> Index:
+    """The index of a store of codes, put together in memory: no key is coded or trained again.
+
+    Args:
+        codec: file of the trained index.
+        record: what it is, with the entries and the fingerprint of the store.
+        codes: blocks of them in order, with the number of the first entry.
+        nprobe: lists to visit; None: as the record says.
+        threads: OpenMP threads of a search.
+
+    Raises:
+        CorruptStoreError: if the codec cannot be read.
+    """
+    import faiss
+
+    from memlm.index.faiss_index import FaissIndex
+
+    index = read_faiss(codec)
+    # Codes are those of rotated keys, so they go past whatever rotates.
+    inner = faiss.try_extract_index_ivf(index) or faiss.downcast_index(index)
+    for start, block in codes:
+        ids = np.arange(start, start + len(block))
+        inner.add_sa_codes(np.ascontiguousarray(block.numpy()), ids)
+    index.ntotal = inner.ntotal
+    return FaissIndex(
+        index, record.metric, nprobe=nprobe or record.nprobe, threads=threads, record=record
+    )
 
 
 def add_keys(index: Any, keys: Tensor, metric: str) -> None:

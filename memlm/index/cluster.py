@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.core.config import Config, check
-from memlm.core.errors import StoreError
-from memlm.core.files import checksum, fingerprint
+from memlm.core.files import checksum, fingerprint, make_folder
 from memlm.core.journal import Journal
 from memlm.core.progress import bar
 from memlm.core.threads import torch_threads
@@ -240,6 +239,7 @@ class _Build:
         directory = self.directory
         finished = directory is not None and has_clusters(directory)
         if directory is not None and finished and read_record(directory).identity == self.identity:
+            shutil.rmtree(directory / BUILDING, ignore_errors=True)  # of a run that died at its end
             return Clusters.load(directory, store_fingerprint=self.store_fingerprint)
         pieces = _Pieces(None if directory is None else directory / BUILDING, self.identity)
         clusters = Clusters.from_assignment(
@@ -311,15 +311,8 @@ class _Pieces:
         self._journal = Journal(folder / "journal.jsonl")
         lines = self._journal.read()
         if not any(line.get("build") == identity for line in lines[:1]):
-            try:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise StoreError(
-                    f"{folder} must be a directory that can be written "
-                    f"({error.strerror or error}); free space, fix permissions or choose another "
-                    "directory, then run the same command to continue"
-                ) from error
+            shutil.rmtree(folder, ignore_errors=True)
+            make_folder(folder)
             self._journal.append({"build": identity})
         for line in lines:
             self._checksums[str(line.get("piece"))] = str(line.get("checksum"))

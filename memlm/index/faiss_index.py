@@ -11,6 +11,7 @@ entries that FAISS returns; which of several equal ones it returns at the k boun
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ import torch
 from torch import Tensor
 
 from memlm.core.config import check
-from memlm.core.errors import CorruptStoreError, InputError
-from memlm.core.files import checksum, write_atomic
+from memlm.core.errors import CorruptStoreError, InputError, MissingExtraError
+from memlm.core.faiss_files import read_faiss, write_faiss
+from memlm.core.files import checksum, make_folder, remove
 from memlm.core.types import SearchResult
 from memlm.index.metrics import METRICS, check_choice, check_k, prepare_queries
 from memlm.index.record import FAISS_FILE, RECORD_FILE, IndexRecord
 from memlm.ops.topk import ordered_topk
+
+RESIDENCIES = ("ram", "disk", "gpu")
 
 
 class FaissIndex:
@@ -147,26 +151,62 @@ class FaissIndex:
     def save(self, directory: Path) -> None:
         """Write ``index.faiss`` and then ``index.json``, each whole or not at all."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         # Without its record a file is no index; so a crash between the two leaves none.
-        (directory / RECORD_FILE).unlink(missing_ok=True)
+        remove(directory / RECORD_FILE)
         write_faiss(self._index, directory / FAISS_FILE)
         self.record.write(directory, directory / FAISS_FILE)
 
+    def to_gpu(self, device: int = 0) -> "FaissIndex":
+        """The same index on a GPU; what FAISS has no GPU version of (graphs, 4-bit codes) raises.
+
+        Args:
+            device: number of the GPU.
+
+        Raises:
+            MissingExtraError: if the FAISS that is installed has no GPU part.
+            InputError: if FAISS cannot move this type of index, or there is no such GPU.
+        """
+        if not hasattr(faiss, "StandardGpuResources"):
+            raise MissingExtraError(
+                "an index on a GPU needs FAISS with its GPU part, but the one installed has none; "
+                "install faiss-gpu instead of faiss-cpu, or search exactly with torch on the GPU"
+            )
+        try:
+            resources = faiss.StandardGpuResources()  # pyright: ignore[reportAttributeAccessIssue]
+            moved = faiss.index_cpu_to_gpu(resources, device, self._index)  # pyright: ignore[reportAttributeAccessIssue]
+        except RuntimeError as error:
+            raise InputError(
+                f"the index {self.record.factory or type(self._index).__name__} must be of a type "
+                f"that FAISS has for GPUs, and GPU {device} must be there, but "
+                f"{str(error).rpartition(': ')[2]}; leave it in memory"
+            ) from error
+        there = copy(self)
+        there._index, there._resources = moved, resources  # the resources must outlive the index
+        return there
+
     @classmethod
     def load(
-        cls, directory: Path, *, nprobe: int | None = None, threads: int | None = None
+        cls,
+        directory: Path,
+        *,
+        nprobe: int | None = None,
+        threads: int | None = None,
+        residency: str = "ram",
     ) -> "FaissIndex":
         """The index that ``save`` wrote.
 
         Args:
             directory: with ``index.json`` and the FAISS file.
+            residency: "ram"; "disk": inverted lists stay on disk and are read as a search visits
+                them (other types are read whole); "gpu": see `to_gpu`.
             nprobe: other than as built; the recall measured then no longer holds and is dropped.
             threads: of a search.
 
         Raises:
             CorruptStoreError: if the file is missing, altered, or not what the record says.
         """
+        check_choice("residency", residency, RESIDENCIES)
         record = IndexRecord.read(directory)
         path = directory / record.file
         if not path.is_file():
@@ -178,15 +218,16 @@ class FaissIndex:
             )
         if nprobe is not None and nprobe != record.nprobe:
             record = replace(record, recall=None)
-        index = read_faiss(path)
+        index = read_faiss(path, mapped=residency == "disk")
         if (index.ntotal, index.d) != (record.entries, record.dim):
             raise CorruptStoreError(
                 f"{path} must hold {record.entries} keys of {record.dim} dimensions but holds "
                 f"{index.ntotal} of {index.d}; build the index again"
             )
-        return cls(
+        loaded = cls(
             index, record.metric, nprobe=nprobe or record.nprobe, threads=threads, record=record
         )
+        return loaded.to_gpu() if residency == "gpu" else loaded
 
     @classmethod
     def from_file(
@@ -225,31 +266,3 @@ def faiss_threads(count: int | None) -> Iterator[int]:
     finally:
         if faiss.omp_get_max_threads() != before:
             faiss.omp_set_num_threads(before)
-
-
-def write_faiss(index: Any, path: Path) -> None:
-    """Write a FAISS index to ``path`` whole or not at all, without a copy in memory."""
-
-    def write(file):
-        try:
-            writer = faiss.PyCallbackIOWriter(file.write)  # pyright: ignore[reportAttributeAccessIssue]
-            faiss.write_index(index, writer)
-        except RuntimeError as error:
-            raise OSError(f"FAISS: {error}") from error
-
-    write_atomic(path, write)
-
-
-def read_faiss(path: Path) -> Any:
-    """Read a FAISS file.
-
-    Raises:
-        CorruptStoreError: if it is missing or FAISS cannot read it.
-    """
-    try:
-        return faiss.read_index(str(path))
-    except RuntimeError as error:
-        raise CorruptStoreError(
-            f"{path} must be a FAISS index but FAISS cannot read it; check the path, or build the "
-            "index again"
-        ) from error

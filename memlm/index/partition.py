@@ -21,7 +21,14 @@ from torch import Tensor
 
 from memlm.core.config import Config, check
 from memlm.core.errors import CorruptStoreError, FingerprintError, InputError
-from memlm.core.files import checksum, read_json, write_atomic, write_json
+from memlm.core.files import (
+    checksum,
+    make_folder,
+    read_json,
+    remove,
+    write_atomic,
+    write_json,
+)
 
 AUTOMATON_DIRECTORY = "automaton"
 RECORD_FILE = "automaton.json"
@@ -212,9 +219,9 @@ class Clusters:
     def save(self, directory: Path) -> None:
         """Write ``clusters.safetensors`` and then ``automaton.json``, each whole or not at all."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         # Without its record the file means nothing, so a crash between the two leaves no clusters.
-        (directory / RECORD_FILE).unlink(missing_ok=True)
+        remove(directory / RECORD_FILE)
         file = directory / CLUSTERS_FILE
         write_tensors(file, offsets=self.offsets, members=self.members, cluster=self.cluster_of)
         write_json(directory / RECORD_FILE, replace(self.record, checksum=checksum(file)).to_dict())

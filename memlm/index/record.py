@@ -10,7 +10,7 @@ from typing import Any
 
 from memlm.core.config import Config
 from memlm.core.errors import CorruptStoreError, FingerprintError, InputError
-from memlm.core.files import checksum, read_json, write_json
+from memlm.core.files import checksum, make_folder, read_json, write_json
 
 RECORD_FILE = "index.json"
 FAISS_FILE = "index.faiss"
@@ -71,20 +71,20 @@ class IndexRecord(Config):
             directory: made if missing.
             file: the finished FAISS file inside it, None for exact search.
         """
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
         record = self
         if file is not None:
             record = replace(self, file=file.name, checksum=checksum(file))
         write_json(directory / RECORD_FILE, record.to_dict())
 
     @classmethod
-    def read(cls, directory: Path) -> "IndexRecord":
-        """The record in ``directory``.
+    def read(cls, directory: Path, name: str = RECORD_FILE) -> "IndexRecord":
+        """The record ``name`` in ``directory``.
 
         Raises:
             CorruptStoreError: if it is missing, does not parse, or lacks or adds fields.
         """
-        path = directory / RECORD_FILE
+        path = directory / name
         values = read_json(path)
         try:
             record = cls.from_dict(values)

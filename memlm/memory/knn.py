@@ -18,7 +18,7 @@ scale.
 
 import warnings
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,17 +28,20 @@ from torch import Tensor
 from memlm.core.config import Config, check
 from memlm.core.errors import FingerprintError
 from memlm.core.types import Candidates, Index, TargetPartial
-from memlm.index.build import has_index, load_index
+from memlm.index.build import has_index, index_of_codes, load_index
 from memlm.index.exact import ExactIndex
 from memlm.index.exclude import Exclusion, search_without
 from memlm.index.keys import KeySource, drop_own, held_keys, load_if_it_fits
 from memlm.index.metrics import check_choice, check_k
 from memlm.index.plan import EXACT_NUMBERS
+from memlm.index.record import IndexRecord
 from memlm.memory.scores import similarity
 from memlm.ops.tokens import target_partial
 from memlm.ops.topk import ordered_topk
+from memlm.store.codec import CODEC, CODEC_RECORD
 
 INDEX_DIRECTORY = "index"
+_CODED_ROWS = 1 << 18
 # Bytes of keys gathered at a time when scores are recomputed.
 _GATHER_BYTES = 1 << 26
 
@@ -336,10 +339,22 @@ def check_temperature(temperature: float) -> None:
 
 
 def _saved_index(store: Store) -> Index | None:
+    if getattr(store, "codec", None) is not None:
+        return _coded_index(store)
     directory = Path(getattr(store, "path", "")) / INDEX_DIRECTORY
     if not hasattr(store, "path") or not has_index(directory):
         return None
     return load_index(directory, store, store_fingerprint=store.fingerprint)
+
+
+def _coded_index(store: Any) -> Index:
+    """The index of a store of codes, made of the codes."""
+    record = replace(
+        IndexRecord.read(store.path, CODEC_RECORD),
+        entries=len(store),
+        store_fingerprint=store.fingerprint,
+    )
+    return index_of_codes(store.path / CODEC, record, store.stored_blocks(_CODED_ROWS))
 
 
 def _exact_index(store: Store) -> Index:

@@ -180,14 +180,15 @@ def append_documents(
     """
     there = ChunkDatabase.open(database)
     writer = _Writer(there.path, tokenizer, there.config, segment_characters, quiet)
-    known = {
-        name: digest
-        for number, (name, digest) in enumerate(
-            zip(there.names, writer.digests(there.segments), strict=True)
-        )
-        if not there.deleted[number]
-    }
     with writer.opened(rebuild=False):
+        there = ChunkDatabase.open(there.path)  # another process may have appended meanwhile
+        known = {
+            name: digest
+            for number, (name, digest) in enumerate(
+                zip(there.names, writer.digests(there.segments), strict=True)
+            )
+            if not there.deleted[number]
+        }
         writer.write(_new(documents, known))
     return ChunkDatabase.open(there.path)
 
@@ -327,6 +328,8 @@ class _Writer:
             else:
                 self._same_settings(there)
                 self.manifest = there
+                if self.complete and not self._journal_segments():
+                    self.journal.path.unlink(missing_ok=True)
             yield
 
     def _clear(self) -> None:
@@ -400,7 +403,9 @@ class _Writer:
         """Finished segments behind those of the manifest."""
         first = len(self.manifest["segments"])
         # A kill between manifest and removal of the journal leaves lines that are already in it.
-        return [Segment(**record) for record in self.journal.read() if record["number"] >= first]
+        # A line may be there twice, where a writer was killed and the file was restored.
+        records = {record["number"]: record for record in self.journal.read()}
+        return [Segment(**records[number]) for number in sorted(records) if number >= first]
 
     def _same_settings(self, there: dict[str, Any]) -> None:
         differences = [

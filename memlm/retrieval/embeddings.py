@@ -27,6 +27,7 @@ from memlm.core.errors import CorruptStoreError, FingerprintError, StoreError
 from memlm.core.files import (
     checksum,
     fingerprint,
+    make_folder,
     read_json,
     remove_temporaries,
     write_atomic,
@@ -155,7 +156,7 @@ class Embeddings:
         if mapped is None:
             try:
                 mapped = np.load(self._files[number], mmap_mode="r")
-            except (OSError, ValueError) as error:
+            except (OSError, EOFError, ValueError) as error:
                 raise CorruptStoreError(
                     f"{self._files[number]} must be an array of embeddings but cannot be read "
                     f"({error}); embed again with rebuild (--rebuild)"
@@ -227,7 +228,7 @@ def embed_chunks(
     """
     check(batch_size >= 1, f"batch_size must be at least 1, got {batch_size}")
     path = database.path / DIRECTORY if path is None else Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     record = {
         "dim": encoder.dim,
         "encoder": encoder.fingerprint,

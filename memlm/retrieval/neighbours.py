@@ -26,6 +26,7 @@ from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, FingerprintError, StoreError
 from memlm.core.files import (
     fingerprint,
+    make_folder,
     read_json,
     sync_directory,
     write_atomic,
@@ -41,6 +42,7 @@ from memlm.store.directory import locked
 RECORD = "table.json"
 DIRECTORY = "neighbours"
 NGRAM = 8
+_FORMAT_VERSION = 1
 _RANGE = 1024  # chunks; what a kill can lose
 _SAMPLE = 32  # chunks looked up for a plan
 
@@ -60,7 +62,7 @@ class NeighbourTable:
         try:
             self.ids: NDArray[np.int64] = np.load(path / "ids.npy", mmap_mode="r")
             self.scores: NDArray[np.float32] = np.load(path / "scores.npy", mmap_mode="r")
-        except (OSError, ValueError) as error:
+        except (OSError, EOFError, ValueError) as error:
             raise CorruptStoreError(
                 f"{path} must hold ids.npy and scores.npy but they cannot be read ({error}); make "
                 "the table again with rebuild (--rebuild)"
@@ -81,6 +83,11 @@ class NeighbourTable:
         """
         path = Path(path)
         record = read_json(path / RECORD) if (path / RECORD).exists() else {"complete": False}
+        if record.get("format_version", 0) > _FORMAT_VERSION:
+            raise StoreError(
+                f"{path / RECORD} has format {record['format_version']}, newer than this memlm "
+                f"reads ({_FORMAT_VERSION}); upgrade memlm"
+            )
         if not record["complete"]:
             raise StoreError(
                 f"{path} must hold a finished table of neighbours but does not; run: memlm retro "
@@ -168,7 +175,7 @@ def build_neighbours(
         f"{database.chunk_size} tokens of {database.path}; chunk one of them again",
     )
     path = text.path / DIRECTORY if path is None else Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     record = _record(
         text, database, k, near_duplicates, retriever.describe(), retriever.fingerprint
     )
@@ -176,6 +183,7 @@ def build_neighbours(
         if rebuild:
             (path / RECORD).unlink(missing_ok=True)
         if _same(path, record):
+            (path / JOURNAL).unlink(missing_ok=True)  # of a run that ended before it could
             return NeighbourTable.open(path, text, database)
         _fill(path, text, retriever, k, near_duplicates, batch_size, quiet)
         write_json(path / RECORD, {**record, "complete": True})
@@ -249,7 +257,7 @@ def save_neighbours(
         f"to {int(ids.max())}",
     )
     path = text.path / DIRECTORY if path is None else Path(path)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     scores = np.where(ids < 0, -np.inf, 0).astype(np.float32)
     for name, array in (("ids", ids.astype(np.int64)), ("scores", scores)):
         write_atomic(path / f"{name}.npy", lambda file, array=array: np.save(file, array))
@@ -283,7 +291,7 @@ def _record(
 ) -> dict[str, Any]:
     return {
         "kind": "neighbours",
-        "format_version": 1,
+        "format_version": _FORMAT_VERSION,
         "complete": False,
         "k": k,
         "near_duplicates": near_duplicates,

@@ -13,10 +13,11 @@ from filelock import FileLock, Timeout
 
 from memlm.core.errors import FingerprintError, StoreError
 from memlm.core.files import TEMPORARY
+from memlm.store.codec import CODEC, CODEC_RECORD
 from memlm.store.manifest import BUILD_LOG, JOURNAL, MANIFEST, Manifest, read_manifest
 
 LOCKS = "locks"
-_OWN = (MANIFEST, JOURNAL, BUILD_LOG, LOCKS)
+_OWN = (MANIFEST, JOURNAL, BUILD_LOG, LOCKS, CODEC, CODEC_RECORD)
 _WAIT_SECONDS = 60.0
 
 
@@ -90,6 +91,24 @@ def locked(path: Path) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise not_writable(path, error) from error
+
+
+@contextlib.contextmanager
+def waiting(path: Path, name: str) -> Iterator[None]:
+    """Hold one part of a store, however long others hold it.
+
+    Raises:
+        StoreError: if the directory cannot be written.
+    """
+    try:
+        held = lock(path, name)
+        held.acquire()
+    except OSError as error:
+        raise not_writable(path, error) from error
+    try:
+        yield
+    finally:
+        held.release()
 
 
 def lock(path: Path, name: str) -> FileLock:

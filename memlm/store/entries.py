@@ -62,6 +62,21 @@ def stored_keys(label: str, keys: Column, rows: int, identity: Identity) -> Tens
     return stored
 
 
+def stored_codes(label: str, codes: Column, rows: int, size: int) -> Tensor:
+    """Codes as a contiguous CPU tensor ``(rows, size)`` uint8.
+
+    Raises:
+        InputError: if shape or type differs.
+    """
+    given = torch.as_tensor(codes)
+    check(
+        given.dtype == torch.uint8 and tuple(given.shape) == (rows, size),
+        f"the {label} must be codes: uint8 of shape {(rows, size)}, got {given.dtype} of shape "
+        f"{tuple(given.shape)}",
+    )
+    return given.cpu().contiguous()
+
+
 def stored_integers(
     label: str, column: Column, rows: int, limit: int | None = None, *, lowest: int = 0
 ) -> Tensor:

@@ -32,9 +32,11 @@ _FORMAT = "memlm-datastore"
 _FORMAT_VERSION = 1
 
 
-def shard_files(number: int, *, places: bool, merged: bool = False) -> tuple[str, ...]:
-    """The file names of one shard: keys, values and what else its entries have."""
-    kinds = ["keys", "values"] + ["documents"] * places + ["merged"] * merged
+def shard_files(
+    number: int, *, places: bool, merged: bool = False, coded: bool = False
+) -> tuple[str, ...]:
+    """The file names of one shard: keys (or codes), values and what else its entries have."""
+    kinds = ["codes" if coded else "keys", "values"] + ["documents"] * places + ["merged"] * merged
     return tuple(f"{kind}-{number:05d}.safetensors" for kind in kinds)
 
 
@@ -54,6 +56,7 @@ class Identity(Config):
         batch_tokens: padded tokens per forward pass, which decides who is padded to what;
             0 where no model was run.
         threads: CPU threads of the forward passes, which decide the order of sums.
+        codec: checksum of what makes codes of keys, in a store of codes.
     """
 
     model: str
@@ -66,6 +69,7 @@ class Identity(Config):
     windows: Mapping[str, Any] = field(default_factory=dict)
     batch_tokens: int = 0
     threads: int | None = None
+    codec: str | None = None
 
     def __post_init__(self) -> None:
         check(self.dim >= 1, f"dim must be at least 1, got {self.dim}")
@@ -79,6 +83,8 @@ class Identity(Config):
         """Equal for equal bytes; the informative model name does not count."""
         values = self.to_dict()
         del values["model"]
+        if self.codec is None:
+            del values["codec"]
         return fingerprint(values)
 
     def differences(self, other: "Identity") -> list[str]:
@@ -114,6 +120,7 @@ class StoreInfo(Config):
         metric: how its keys are meant to be compared: ``"l2"``, ``"ip"`` or ``"cosine"``.
         places: whether every entry has a document and a position in it.
         merged: whether every entry has a weight and a successor, as `memlm.store.prune` leaves it.
+        code_size: bytes of the code that stands for a key; None: keys are whole.
         documents: how many documents there are, None if unknown.
         vocab_size: size of the vocabulary; values are below it. None: not checked.
         corpus: informative description of the text (names, counts) as plain JSON values.
@@ -122,6 +129,7 @@ class StoreInfo(Config):
     metric: str = "l2"
     places: bool = True
     merged: bool = False
+    code_size: int | None = None
     documents: int | None = None
     vocab_size: int | None = None
     corpus: Mapping[str, Any] = field(default_factory=dict)
@@ -136,8 +144,18 @@ class StoreInfo(Config):
             f"vocab_size must be at least 1, got {self.vocab_size}",
         )
         check(
+            self.code_size is None or self.code_size >= 1,
+            f"code_size must be at least 1, got {self.code_size}",
+        )
+        check(
             self.documents is None or self.documents >= 1,
             f"documents must be at least 1, got {self.documents}",
+        )
+
+    def shard_files(self, number: int) -> tuple[str, ...]:
+        """The file names of one shard."""
+        return shard_files(
+            number, places=self.places, merged=self.merged, coded=self.code_size is not None
         )
 
 
@@ -180,7 +198,7 @@ class ShardRecord:
             sums = {str(name): str(value) for name, value in values["checksums"].items()}
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"a shard record is malformed ({error!r})") from error
-        names = shard_files(number, places=info.places, merged=info.merged)
+        names = info.shard_files(number)
         expected = set(names) if number >= 0 else set()
         check(
             set(sizes) == expected == set(sums),
@@ -237,6 +255,7 @@ class Manifest:
         """Of identity, settings and plan: equal for runs that may continue one another."""
         settings = [self.info.metric, self.info.places, self.info.vocab_size]
         settings += ["merged"] * self.info.merged
+        settings += [] if self.info.code_size is None else ["codes", self.info.code_size]
         ranges = [list(planned) for planned in self.ranges]
         return fingerprint([self.identity.fingerprint, settings, ranges])
 

@@ -18,10 +18,13 @@ from torch import Tensor
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, InputError, StoreError
 from memlm.core.files import read_json
-from memlm.store.manifest import Manifest, read_manifest, shard_files
+from memlm.store.codec import Codec
+from memlm.store.manifest import Manifest, read_manifest
+from memlm.store.residency import KEY_RESIDENCIES, KeyResidency
 from memlm.store.successors import next_entries
 
 DELETED = "deleted.json"
+_DELETED_VERSION = 1
 TORCH_DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -36,10 +39,18 @@ class Datastore:
         path: its directory.
         manifest: what it is.
         deleted: numbers of its deleted documents, ascending.
+        residency: of the keys, "disk" or "ram".
     """
 
-    def __init__(self, path: Path, manifest: Manifest, deleted: tuple[int, ...] = ()):
+    def __init__(
+        self,
+        path: Path,
+        manifest: Manifest,
+        deleted: tuple[int, ...] = (),
+        keys: KeyResidency = "disk",
+    ):
         self.path = path
+        self.residency = keys
         self.manifest = manifest
         self.deleted = deleted
         rows = [shard.rows for shard in manifest.shards]
@@ -47,13 +58,23 @@ class Datastore:
         self._mapped: list[Tensor | None] = [None] * len(rows)
 
     @classmethod
-    def open(cls, path: str | Path) -> Self:
+    def open(cls, path: str | Path, *, keys: KeyResidency = "disk") -> Self:
         """Open the datastore in the directory ``path``; reads the manifest and file sizes only.
 
+        Args:
+            path: its directory.
+            keys: "disk": memory-mapped; "ram": each shard is read into memory when a key of it is
+                first asked for, and stays.
+
         Raises:
+            InputError: for another place for keys.
             StoreError: if it is still being built or was written by a newer memlm.
             CorruptStoreError: if the manifest or a file is missing, truncated or altered in size.
         """
+        check(
+            keys in KEY_RESIDENCIES,
+            f"keys must be on 'disk' or in 'ram', got {keys!r}",
+        )
         path = Path(path)
         manifest = read_manifest(path)
         if not manifest.complete:
@@ -65,7 +86,7 @@ class Datastore:
             for name, size in shard.sizes.items():
                 if problem := size_problem(path / name, size):
                     raise CorruptStoreError(problem)
-        return cls(path, manifest, read_deleted(path))
+        return cls(path, manifest, read_deleted(path), keys)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -130,6 +151,16 @@ class Datastore:
             return self._column("merged", "successor")
         return next_entries(len(self), self.documents, self.positions)
 
+    @cached_property
+    def codec(self) -> Codec | None:
+        """What makes keys of the codes; None in a store of whole keys.
+
+        Raises:
+            CorruptStoreError: if it is missing or was changed.
+        """
+        fingerprint = self.manifest.identity.codec
+        return None if fingerprint is None else Codec.read(self.path, fingerprint)
+
     def gather(self, ids: Tensor) -> Tensor:
         """The keys of some entries; the pages of the others are not touched.
 
@@ -152,7 +183,7 @@ class Datastore:
                 f"{low if low < 0 else high}; drop the masked ids (-1) of a search first"
             )
         if len(self._mapped) == 1:
-            keys = self._keys(0).index_select(0, flat)
+            keys = self._decoded(self._keys(0).index_select(0, flat))
         else:
             keys = self._gather_over_shards(flat)
         return keys.reshape(*ids.shape, self.dim).to(ids.device)
@@ -165,7 +196,7 @@ class Datastore:
         for shard in torch.nonzero(edges.diff()).reshape(-1).tolist():
             part = slice(int(edges[shard]), int(edges[shard + 1]))
             local = ordered[part] - self._starts[shard]
-            keys[order[part]] = self._keys(shard).index_select(0, local)
+            keys[order[part]] = self._decoded(self._keys(shard).index_select(0, local))
         return keys
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
@@ -185,10 +216,18 @@ class Datastore:
         return self._blocks(rows)
 
     def _blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        for start, keys in self.stored_blocks(rows):
+            yield start, self._decoded(keys)
+
+    def stored_blocks(self, rows: int) -> Iterator[tuple[int, Tensor]]:
+        """As `blocks`, as they lie on disk: keys, or in a store of codes ``(rows, code_size)``."""
         for shard, record in enumerate(self.manifest.shards):
             keys = self._keys(shard)
             for at in range(0, record.rows, rows):
                 yield int(self._starts[shard]) + at, keys[at : at + rows]
+
+    def _decoded(self, stored: Tensor) -> Tensor:
+        return stored if self.codec is None else self.codec.decode(stored).to(self.dtype)
 
     def load_keys(
         self, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
@@ -216,6 +255,8 @@ class Datastore:
             "deleted_documents": len(self.deleted),
             "dim": self.dim,
             "dtype": identity.dtype,
+            "code_size": self.manifest.info.code_size,
+            "keys": self.residency if self.manifest.info.code_size is None else "absent",
             "model": identity.model,
             "tap": identity.tap,
             "fingerprint": self.fingerprint,
@@ -224,9 +265,13 @@ class Datastore:
     def _keys(self, shard: int) -> Tensor:
         mapped = self._mapped[shard]
         if mapped is None:
-            rows = self.manifest.shards[shard].rows
-            name = shard_files(shard, places=False)[0]
-            mapped = read_tensor(self.path / name, "keys", (rows, self.dim), self.dtype)
+            rows, info = self.manifest.shards[shard].rows, self.manifest.info
+            name = self.path / info.shard_files(shard)[0]
+            if info.code_size is None:
+                mapped = read_tensor(name, "keys", (rows, self.dim), self.dtype)
+            else:
+                mapped = read_tensor(name, "codes", (rows, info.code_size), torch.uint8)
+            mapped = mapped.clone() if self.residency == "ram" else mapped
             self._mapped[shard] = mapped
         return mapped
 
@@ -251,7 +296,13 @@ def read_deleted(path: Path) -> tuple[int, ...]:
     if not file.exists():
         return ()
     try:
-        return tuple(int(document) for document in read_json(file)["documents"])
+        values = read_json(file)
+        if values["format_version"] > _DELETED_VERSION:
+            raise StoreError(
+                f"{file} has format version {values['format_version']}, newer than this memlm "
+                f"reads ({_DELETED_VERSION}); upgrade memlm"
+            )
+        return tuple(int(document) for document in values["documents"])
     except (InputError, KeyError, TypeError, ValueError) as error:
         raise CorruptStoreError(
             f"{file} must list the deleted documents but cannot be read ({error!r}); restore it "

@@ -9,6 +9,7 @@ every store (`memlm.store.writer`): interrupted, it is continued by the same cal
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,14 @@ from torch import Tensor
 
 from memlm.core.config import check
 from memlm.core.errors import FingerprintError
+from memlm.core.files import fingerprint, link_or_copy
+from memlm.store.codec import CODEC, CODEC_RECORD
 from memlm.store.deleted import delete_documents
+from memlm.store.directory import make_directory
+from memlm.store.entries import integers_hash
+from memlm.store.manifest import PlannedRange
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
+from memlm.store.writer import StoreWriter, save_arrays
 
 
 class _Rows:
@@ -37,32 +43,6 @@ class _Rows:
 
     def __getitem__(self, rows: slice) -> Tensor:
         return self.store.gather(self.entries[rows])
-
-
-class _Joined:
-    """The keys of several stores, one after the other."""
-
-    ndim = 2
-
-    def __init__(self, stores: Sequence[Datastore]):
-        self.stores = stores
-        self.starts = [0]
-        for store in stores:
-            self.starts.append(self.starts[-1] + len(store))
-        self.shape = (self.starts[-1], stores[0].dim)
-        self.dtype = stores[0].dtype
-
-    def __len__(self) -> int:
-        return self.shape[0]
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        begin, end, _ = rows.indices(len(self))
-        parts = []
-        for store, start in zip(self.stores, self.starts, strict=False):
-            here = range(max(begin - start, 0), min(end - start, len(store)))
-            if len(here):
-                parts.append(store.gather(torch.arange(here.start, here.stop)))
-        return torch.cat(parts)
 
 
 def compact_store(store: Datastore, out: str | Path) -> Datastore:
@@ -130,6 +110,9 @@ def prune(store: Datastore, parent: Tensor, weights: Tensor, out: str | Path) ->
 def join_stores(stores: Sequence[Datastore], out: str | Path) -> Datastore:
     """One store of several: their entries one after the other, their documents renumbered alike.
 
+    Keys and values are not copied: their files get a second name in the new directory (a hard
+    link), or are copied where a file system cannot do that. Any of the stores may be removed.
+
     What was deleted stays deleted. Indexes and clusters are not joined; an index of the first store
     is carried on by `memlm.index.build.extend_index`.
 
@@ -156,17 +139,7 @@ def join_stores(stores: Sequence[Datastore], out: str | Path) -> Datastore:
     for store, numbers in zip(stores, documents, strict=True):
         here = 0 if numbers is None else int(numbers.max()) + 1
         first.append(first[-1] + max(here, store.manifest.info.documents or 0))
-    info = stores[0].manifest.info
-    joined = save_arrays(
-        out,
-        _Joined(stores),  # type: ignore[arg-type]
-        torch.cat([store.values for store in stores]),
-        documents=_shifted(documents, first),
-        positions=_shifted([store.positions for store in stores], [0] * len(stores)),
-        **_origin(stores[0]),
-        corpus={"joined": [dict(store.manifest.info.corpus) for store in stores]},
-        vocab_size=info.vocab_size,
-    )
+    joined = _adopt_all(stores, documents, first, Path(out))
     deleted = [
         start + number
         for store, start in zip(stores, first, strict=False)
@@ -175,13 +148,63 @@ def join_stores(stores: Sequence[Datastore], out: str | Path) -> Datastore:
     return delete_documents(joined, deleted) if deleted else joined
 
 
+def _adopt_all(
+    stores: Sequence[Datastore],
+    documents: Sequence[Tensor | None],
+    first: Sequence[int],
+    out: Path,
+) -> Datastore:
+    """A store of the very files of others, shard by shard."""
+    identity, info = stores[0].manifest.identity, stores[0].manifest.info
+    make_directory(out)
+    if identity.codec is not None:
+        for name in (CODEC, CODEC_RECORD):
+            link_or_copy(stores[0].path / name, out / name)
+    shards, ranges = [], []
+    for place, store in enumerate(stores):
+        row = 0
+        for shard, record in enumerate(store.manifest.shards):
+            shards.append((place, shard, slice(row, row + record.rows)))
+            ranges.append(PlannedRange(len(ranges), len(ranges) + 1, record.rows))
+            row += record.rows
+    values = torch.cat([store.values for store in stores])
+    writer = StoreWriter.open(
+        out,
+        replace(
+            identity,
+            corpus_hash=fingerprint(
+                [integers_hash(values), *(store.fingerprint for store in stores)]
+            ),
+            windows={},
+            batch_tokens=0,
+            threads=None,
+        ),
+        ranges,
+        info=replace(
+            info,
+            documents=None,
+            corpus={"joined": [dict(store.manifest.info.corpus) for store in stores]},
+        ),
+    )
+    while pending := writer.pending():
+        for number in pending:
+            with writer.claim(number) as mine:
+                if mine:
+                    place, shard, rows = shards[number]
+                    column = documents[place]
+                    moved = column is not None and first[place] > 0
+                    own = column[rows] + first[place] if moved and column is not None else None
+                    writer.adopt(number, stores[place], shard, own)
+    return writer.finalize()
+
+
 def _check_alike(one: Datastore, other: Datastore) -> None:
     """Raise FingerprintError unless the keys of two stores may stand in one."""
     mine, theirs = (
         {**_origin(store), "places": store.manifest.info.places} for store in (one, other)
     )
-    mine |= {"dim": one.dim}
-    theirs |= {"dim": other.dim}
+    mine |= {"dim": one.dim, "codec": one.manifest.identity.codec}
+    theirs |= {"dim": other.dim, "codec": other.manifest.identity.codec}
     differences = [
         f"{name} is {mine[name]!r} in {one.path} and {theirs[name]!r} in {other.path}"
         for name in mine
@@ -192,14 +215,6 @@ def _check_alike(one: Datastore, other: Datastore) -> None:
             f"stores must be made alike to be joined, but {'; '.join(differences)}; extract them "
             "with the same model and settings"
         )
-
-
-def _shifted(columns: Sequence[Tensor | None], by: Sequence[int]) -> Tensor | None:
-    """All columns one after the other, each raised by its number; None if there are none."""
-    there = [column for column in columns if column is not None]
-    if len(there) < len(columns):
-        return None
-    return torch.cat([column + start for column, start in zip(there, by, strict=False)])
 
 
 def _origin(store: Datastore) -> dict[str, Any]:
@@ -224,6 +239,11 @@ def _write(
     successors: Tensor | None = None,
 ) -> Datastore:
     """Some entries of a store; weights and successors come for all, by old number."""
+    check(
+        store.codec is None,
+        f"{store.path} is a store of codes, whose entries cannot be written into another one; "
+        "build it again without the documents, or go on with the deleted ones hidden",
+    )
     if successors is not None:
         number = torch.full((len(store),), -1)
         number[entries] = torch.arange(len(entries))

@@ -16,8 +16,9 @@ import torch
 
 from memlm.core.config import check
 from memlm.core.errors import StoreError
-from memlm.core.files import TEMPORARY, checksum
+from memlm.core.files import TEMPORARY, checksum, read_json
 from memlm.core.progress import bar
+from memlm.store.codec import CODEC_RECORD, Codec
 from memlm.store.manifest import JOURNAL, Manifest, ShardRecord, read_manifest
 from memlm.store.reader import TORCH_DTYPES, read_tensor, size_problem
 
@@ -105,7 +106,7 @@ def verify(path: str | Path, level: Level = "quick", *, progress: bool = True) -
         )
         return VerifyReport(path, level, ("the manifest",), (problem,), _leftovers(path))
 
-    problems: list[str] = []
+    problems = _codec_problems(path, manifest)
     total = sum(size for shard in manifest.shards for size in shard.sizes.values())
     with bar(total, label="verify", unit="B", quiet=not progress) as shown:
         for shard in manifest.shards:
@@ -127,6 +128,7 @@ def _shard_problems(path: Path, manifest: Manifest, shard: ShardRecord, level: L
     identity = manifest.identity
     layout = {
         "keys": {"keys": ((shard.rows, identity.dim), TORCH_DTYPES[identity.dtype])},
+        "codes": {"codes": ((shard.rows, manifest.info.code_size or 0), torch.uint8)},
         "values": {"values": ((shard.rows,), torch.int32)},
         "documents": {
             "document": ((shard.rows,), torch.int32),
@@ -155,6 +157,18 @@ def _shard_problems(path: Path, manifest: Manifest, shard: ShardRecord, level: L
         except OSError as error:
             problems.append(f"{file} cannot be read ({error.strerror or error}); check the disk")
     return problems
+
+
+def _codec_problems(path: Path, manifest: Manifest) -> list[str]:
+    if manifest.identity.codec is None:
+        return []
+    try:
+        Codec.read(path, manifest.identity.codec)
+        if read_json(path / CODEC_RECORD).get("checksum") != manifest.identity.codec:
+            return [f"{path / CODEC_RECORD} must describe the codec of this store; restore it"]
+    except StoreError as error:
+        return [str(error)]
+    return []
 
 
 def _leftovers(path: Path) -> tuple[str, ...]:

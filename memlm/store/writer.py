@@ -18,6 +18,7 @@ import os
 import platform
 import shutil
 import socket
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -26,13 +27,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 import xxhash
 from filelock import Timeout
 from safetensors.torch import save
 
 from memlm.core.config import check
-from memlm.core.errors import InputError, StoreError
-from memlm.core.files import TEMPORARY, remove_temporaries, sync_directory, write_atomic
+from memlm.core.errors import FingerprintError, InputError, StoreError
+from memlm.core.files import (
+    TEMPORARY,
+    link_or_copy,
+    remove_temporaries,
+    sync_directory,
+    write_atomic,
+)
 from memlm.core.journal import Journal
 from memlm.store.directory import (
     LOCKS,
@@ -42,7 +50,14 @@ from memlm.store.directory import (
     not_writable,
     same_manifest,
 )
-from memlm.store.entries import Column, in_memory, integers_hash, stored_integers, stored_keys
+from memlm.store.entries import (
+    Column,
+    in_memory,
+    integers_hash,
+    stored_codes,
+    stored_integers,
+    stored_keys,
+)
 from memlm.store.manifest import (
     BUILD_LOG,
     JOURNAL,
@@ -52,12 +67,13 @@ from memlm.store.manifest import (
     ShardRecord,
     StoreInfo,
     read_manifest,
-    shard_files,
     write_manifest,
 )
-from memlm.store.reader import Datastore, size_problem
+from memlm.store.reader import Datastore, read_tensor, size_problem
 
 _LOWEST = {"weight": 1, "successor": -1}
+_POLL_SECONDS = 0.2
+_COMPARED = 512  # keys at either end
 
 
 class StoreWriter:
@@ -197,7 +213,8 @@ class StoreWriter:
 
         Args:
             number: of the planned range.
-            keys: ``(rows, dim)`` floating point, converted to the store's dtype.
+            keys: ``(rows, dim)`` floating point, converted to the store's dtype; in a store of
+                codes ``(rows, code_size)`` uint8.
             values: ``(rows,)`` integers, the token that followed each key.
             documents: ``(rows,)`` integers, the document of that token.
             positions: ``(rows,)`` integers, the place of that token in its document.
@@ -215,8 +232,11 @@ class StoreWriter:
         planned = self.manifest.ranges[number]
         identity = self.manifest.identity
         where = f"range {number}"
+        size = self.manifest.info.code_size
         tensors = [
-            {"keys": stored_keys(f"keys of {where}", keys, planned.rows, identity)},
+            {"keys": stored_keys(f"keys of {where}", keys, planned.rows, identity)}
+            if size is None
+            else {"codes": stored_codes(f"keys of {where}", keys, planned.rows, size)},
             {
                 "values": stored_integers(
                     f"values of {where}", values, planned.rows, self.manifest.info.vocab_size
@@ -246,15 +266,55 @@ class StoreWriter:
                     }
                 )
         sizes, checksums = {}, {}
-        info = self.manifest.info
-        names = shard_files(number, places=info.places, merged=info.merged)
+        names = self.manifest.info.shard_files(number)
         for name, content in zip(names, tensors, strict=True):
-            data = save(content)
-            write_atomic(self.path / name, lambda file, data=data: file.write(data))
-            sizes[name] = len(data)
-            checksums[name] = f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
+            sizes[name], checksums[name] = self._put(name, content)
         self._journal.append(ShardRecord(number, planned.rows, sizes, checksums).to_dict())
         self._note("range", number=number, rows=planned.rows)
+
+    def adopt(
+        self,
+        number: int,
+        store: Datastore,
+        shard: int,
+        documents: Column | None = None,
+    ) -> None:
+        """Take over a whole shard of another store: its files get a second name, nothing is copied.
+
+        Args:
+            number: of the planned range.
+            store: with the same kind of entries.
+            shard: of that store.
+            documents: ``(rows,)`` other numbers for the entries' documents; None: as they are.
+
+        Raises:
+            InputError: if the shard does not fit the plan.
+            StoreError: if the disk refuses, or the store is complete.
+        """
+        self._check_number(number)
+        theirs, info = store.manifest.shards[shard], self.manifest.info
+        check(
+            theirs.rows == self.manifest.ranges[number].rows,
+            f"range {number} must have {self.manifest.ranges[number].rows} rows, got a shard of "
+            f"{theirs.rows}",
+        )
+        sizes, checksums = {}, {}
+        pairs = zip(info.shard_files(number), store.manifest.info.shard_files(shard), strict=True)
+        for name, old in pairs:
+            if documents is not None and name.startswith("documents"):
+                old_places = store.path / old
+                position = read_tensor(old_places, "position", (theirs.rows,), torch.int32)
+                label = f"documents of range {number}"
+                places = {
+                    "document": stored_integers(label, documents, theirs.rows),
+                    "position": position.clone(),
+                }
+                sizes[name], checksums[name] = self._put(name, places)
+            else:
+                link_or_copy(store.path / old, self.path / name)
+                sizes[name], checksums[name] = theirs.sizes[old], theirs.checksums[old]
+        self._journal.append(ShardRecord(number, theirs.rows, sizes, checksums).to_dict())
+        self._note("range", number=number, rows=theirs.rows)
 
     def finalize(self) -> Datastore:
         """Turn the finished ranges into a complete store and open it.
@@ -275,6 +335,12 @@ class StoreWriter:
                 self.manifest = read_manifest(self.path)
             self._tidy()
         return Datastore.open(self.path)
+
+    def _put(self, name: str, content: dict[str, torch.Tensor]) -> tuple[int, str]:
+        """Write one file; its size and checksum."""
+        data = save(content)
+        write_atomic(self.path / name, lambda file: file.write(data))
+        return len(data), f"xxh3_128:{xxhash.xxh3_128_hexdigest(data)}"
 
     def _completed_elsewhere(self) -> bool:
         return self.complete or read_manifest(self.path).complete
@@ -328,7 +394,7 @@ class StoreWriter:
         }
 
     def _remove_leftovers(self, number: int) -> None:
-        for name in shard_files(number, places=True, merged=True):
+        for name in self.manifest.info.shard_files(number):
             for leftover in self.path.glob(f"{name}.*{TEMPORARY}"):
                 leftover.unlink(missing_ok=True)
 
@@ -373,7 +439,8 @@ def save_arrays(
 ) -> Datastore:
     """Write entries that are already there as a datastore: importers and tests.
 
-    Interrupted, it continues where it was when called again with the same arrays.
+    Interrupted, it continues where it was when called again with the same arrays; a complete store
+    of them is opened as it is.
 
     Args:
         path: a new or empty directory.
@@ -396,8 +463,8 @@ def save_arrays(
 
     Raises:
         InputError: if the arrays do not fit together or hold what a store refuses.
-        StoreError: if the directory holds a complete store or other files.
-        FingerprintError: if the directory holds the beginning of another store.
+        StoreError: if the directory holds other files.
+        FingerprintError: if the directory holds another store, or the beginning of one.
     """
     check(
         keys.ndim == 2 and keys.shape[0] >= 1 and keys.shape[1] >= 1,
@@ -448,12 +515,16 @@ def save_arrays(
     ]
     writer = StoreWriter.open(path, identity, ranges, info=info)
     if writer.complete:
-        raise StoreError(
-            f"{path} already holds a complete datastore; open it, or choose another directory"
-        )
-    for number in writer.pending():
-        with writer.claim(number) as mine:
-            if mine:
+        store = Datastore.open(writer.path)
+        _check_same_keys(store, keys)
+        return store
+    while pending := writer.pending():
+        worked = False
+        for number in pending:
+            with writer.claim(number) as mine:
+                if not mine:
+                    continue
+                worked = True
                 part = slice(ranges[number].first_window, ranges[number].last_window)
                 writer.write(
                     number,
@@ -464,7 +535,21 @@ def save_arrays(
                         if column is not None
                     },
                 )
+        if not worked:
+            time.sleep(_POLL_SECONDS)  # another process does the rest
     return writer.finalize()
+
+
+def _check_same_keys(store: Datastore, keys: Column) -> None:
+    """Refuse other keys than a complete store has; the first and the last are compared."""
+    for part in (slice(0, _COMPARED), slice(max(0, len(store) - _COMPARED), len(store))):
+        given = in_memory(keys[part])
+        entries = torch.arange(part.start, part.start + len(given))
+        if not torch.equal(given.cpu().to(store.dtype), store.gather(entries)):
+            raise FingerprintError(
+                f"{store.path} holds a complete datastore of other keys; open it, or choose "
+                "another directory"
+            )
 
 
 @lru_cache(maxsize=1)

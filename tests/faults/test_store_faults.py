@@ -1,10 +1,8 @@
-"""Faults of the store: any call to the disk may fail, any worker may die, any file may rot.
+"""Several workers on one store: side by side, killed in numbers; and every byte of it counts.
 
-The law: whatever happened before, running the same build again gives the bytes of an undisturbed
-build, or the damage is named. Nothing half-written is ever read.
+What single processes and files can suffer is in `test_every_builder`.
 """
 
-import builtins
 import multiprocessing
 import os
 import random
@@ -16,8 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from memlm.core.errors import StoreError
-from memlm.store.manifest import MANIFEST, Identity, PlannedRange, StoreInfo, read_manifest
+from memlm.store.manifest import Identity, PlannedRange, StoreInfo
 from memlm.store.reader import Datastore
 from memlm.store.verify import verify
 from memlm.store.writer import StoreWriter
@@ -66,135 +63,6 @@ def reference(tmp_path_factory):
     path = tmp_path_factory.mktemp("reference") / "store"
     build(path)
     return contents(path)
-
-
-class Failing:
-    """Lets calls through until the n-th one below ``path``, which fails; counts them."""
-
-    def __init__(self, original, path, number, error=None):
-        self.original, self.path, self.number = original, str(path), number
-        self.error = error or OSError(28, "No space left on device")
-        self.calls = 0
-
-    def ours(self, target) -> bool:
-        if isinstance(target, int):
-            try:
-                target = os.readlink(f"/proc/self/fd/{target}")
-            except OSError:
-                return True
-        return str(target).startswith(self.path)
-
-    def __call__(self, target, *rest, **options):
-        if not self.ours(target):
-            return self.original(target, *rest, **options)
-        self.calls += 1
-        if self.calls == self.number + 1:
-            raise self.error
-        return self.original(target, *rest, **options)
-
-
-CALLS = {
-    "fsync": (os, "fsync"),
-    "replace": (os, "replace"),
-    "os.open": (os, "open"),
-    "write": (os, "write"),
-    "open": (builtins, "open"),
-    "mkdir": (os, "mkdir"),
-    "unlink": (os, "unlink"),
-}
-
-
-def calls_of(name, path) -> int:
-    """How often an undisturbed build makes the call."""
-    with pytest.MonkeyPatch.context() as patch:
-        place, attribute = CALLS[name]
-        counting = Failing(getattr(place, attribute), path, -1)
-        patch.setattr(place, attribute, counting)
-        build(path)
-    return counting.calls
-
-
-@pytest.mark.parametrize("name", CALLS)
-def test_every_call_to_the_disk_may_fail_once(name, reference, tmp_path, monkeypatch):
-    count = calls_of(name, tmp_path / "count")
-    assert count >= (1 if name in ("mkdir", "unlink") else len(ROWS))
-    place, attribute = CALLS[name]
-    original = getattr(place, attribute)
-    for number in range(count):
-        path = tmp_path / f"store-{number}"
-        failing = Failing(original, path, number)
-        monkeypatch.setattr(place, attribute, failing)
-        message = None
-        try:
-            build(path)
-        except StoreError as error:
-            message = str(error)
-        assert message is None or "run the same command" in message
-        assert message is None or "No space left on device" in message
-        monkeypatch.setattr(place, attribute, original)
-        assert failing.calls > number, "the call was not reached"
-        if (path / MANIFEST).exists():
-            read_manifest(path)  # whole, or absent
-        build(path)
-        assert contents(path) == reference, f"after call {number} of {name} failed"
-
-
-def test_a_full_disk_leaves_no_half_file_behind(tmp_path, monkeypatch):
-    original, path = os.fsync, tmp_path / "store"
-    StoreWriter.open(path, IDENTITY, RANGES, info=INFO)
-    monkeypatch.setattr(os, "fsync", Failing(original, path, 2))
-    with pytest.raises(StoreError):
-        build(path)
-    assert not list(path.rglob("*.tmp"))
-
-
-# --- workers that die
-
-
-class Killing(Failing):
-    """The process dies at the n-th call, as by a power cut: no handler runs."""
-
-    def __call__(self, target, *rest, **options):
-        if self.ours(target):
-            self.calls += 1
-            if self.calls == self.number + 1:
-                os._exit(9)
-        return self.original(target, *rest, **options)
-
-
-def build_and_die(path, name, number, after):
-    place, attribute = CALLS[name]
-    original = getattr(place, attribute)
-    killing = Killing(original, path, number)
-
-    def late(target, *rest, **options):  # the call is made, then the process dies
-        result = original(target, *rest, **options)
-        if killing.ours(target):
-            killing.calls += 1
-            if killing.calls == number + 1:
-                os._exit(9)
-        return result
-
-    setattr(place, attribute, late if after else killing)
-    build(path)
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs fork")
-@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
-@pytest.mark.parametrize(
-    "name", ["replace", "write", pytest.param("fsync", marks=pytest.mark.faults)]
-)
-def test_a_worker_may_die_around_every_call(name, after, reference, tmp_path):
-    count = calls_of(name, tmp_path / "count")
-    context = multiprocessing.get_context("fork")  # spawning would import torch every time
-    for number in range(count):
-        path = tmp_path / f"store-{number}"
-        worker = context.Process(target=build_and_die, args=(path, name, number, after))
-        worker.start()
-        worker.join(60)
-        assert worker.exitcode == 9
-        build(path)
-        assert contents(path) == reference, f"after a death at call {number} of {name}"
 
 
 def work(path, seed):
@@ -255,22 +123,4 @@ def test_every_flipped_byte_is_found(name, tmp_path):
         assert not report.ok
         assert all(name in problem for problem in report.problems)
     (path / name).write_bytes(data)
-    assert verify(path, "full").ok
-
-
-@pytest.mark.parametrize("kept", [0, 1, 8, -1])
-def test_every_truncation_is_found(kept, tmp_path):
-    path = tmp_path / "store"
-    build(path)
-    for file in sorted(path.glob("*.safetensors")):
-        data = file.read_bytes()
-        file.write_bytes(data[:kept])
-        (problem,) = verify(path).problems
-        assert file.name in problem
-        with pytest.raises(StoreError, match=file.name):
-            Datastore.open(path)
-        file.unlink()
-        (problem,) = verify(path).problems
-        assert "must exist" in problem
-        file.write_bytes(data)
     assert verify(path, "full").ok
