@@ -115,9 +115,7 @@ class MiddleStore:
         slots = torch.arange(held, device=self.lengths.device)
         newest = (self.lengths - 1 - self.seen.sinks)[:, None] // self.config.block
         numbers = (newest - (newest - slots) % held).clamp(min=-1)
-        return Blocks(
-            self.key, self.value, self.bounds, torch.nn.functional.pad(numbers, (0, 1), value=-1)
-        )
+        return Blocks(self.key, self.value, self.bounds, numbers).first(held)
 
     def crop(self, count: int) -> None:
         """Take back the last ``count`` tokens, which are no padding in any row."""
@@ -143,14 +141,17 @@ class MiddleStore:
 
     def _looks(self, query: Tensor, positions: Tensor, **how: Any) -> list[Part]:
         """Middle attention, a few queries at a time."""
-        blocks = self.blocks()
+        blocks, parts = self.blocks(), []
         step = queries_at_once(query, blocks, self.config)
-        return [
-            middle_part(asked, places, blocks, self.config, self.seen, **how)
-            for asked, places in zip(
-                query.split(step, dim=2), positions.split(step, dim=1), strict=True
-            )
-        ]
+        for asked, places in zip(
+            query.split(step, dim=2), positions.split(step, dim=1), strict=True
+        ):
+            reached = blocks
+            if self.config.capacity is None:  # slots are in order: leave out those to come
+                far = int(places.max()) - self.seen.window - self.seen.sinks
+                reached = blocks.first(max(far // self.config.block, 0) + 1)
+            parts.append(middle_part(asked, places, reached, self.config, self.seen, **how))
+        return parts
 
     def _last_looks(self, query: Tensor, positions: Tensor, **how: Any) -> Part:
         """Middle attention of the last query of every row; the others see nothing."""

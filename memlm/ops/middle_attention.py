@@ -37,13 +37,18 @@ class Blocks(NamedTuple):
         value: ``(batch, key heads, slots, size, value dim)``, contiguous.
         bounds: ``(batch, key heads, slots, 2 * dim)``: the largest and the smallest entries of a
             block's keys.
-        numbers: ``(batch, slots)`` int64: which block a slot holds; -1: none.
+        numbers: ``(batch, slots)`` int64: which block a slot holds; -1: none. Here and in
+            ``bounds`` there may be fewer slots: the others are not asked.
     """
 
     key: Tensor
     value: Tensor
     bounds: Tensor
     numbers: Tensor
+
+    def first(self, slots: int) -> "Blocks":
+        """Only the first slots are asked."""
+        return self._replace(bounds=self.bounds[:, :, :slots], numbers=self.numbers[:, :slots])
 
 
 def bounds_of(key: Tensor) -> Tensor:
@@ -125,7 +130,8 @@ def _selected(
         may &= (positions - seen.window + 1 - seen.sinks >= config.k)[..., None]
     grouped = query.unflatten(1, (blocks.key.shape[1], -1)).flatten(2, 3)
     if config.block == 1:
-        bounds = grouped @ blocks.key.squeeze(3).to(query.dtype).transpose(-1, -2)
+        asked = blocks.key[:, :, : blocks.numbers.shape[1], 0]
+        bounds = grouped @ asked.to(query.dtype).transpose(-1, -2)
     else:
         parts = torch.cat([grouped.clamp(min=0), grouped.clamp(max=0)], dim=-1)
         bounds = parts @ blocks.bounds.to(query.dtype).transpose(-1, -2)

@@ -123,6 +123,8 @@ def test_order_of_slots_and_holes_between_them_mean_nothing(
     found = middle_part(query, positions, shuffled, config, seen)
     assert_close(found.output, expected.output)
     assert_close(found.lse, expected.lse)
+    fewer = middle_part(query, positions, wide.first(slots), config, seen)
+    assert_close(fewer.output, expected.output)
 
 
 def test_half_precision_and_gradients():
