@@ -17,8 +17,8 @@ class QuestionOptions:
     """Which task it is."""
 
     task: Literal["perplexity", "qasper", "narrative-qa"] = "perplexity"
-    """What is measured; for qasper and narrative-qa TEXT is a .json or .jsonl file of their \
-questions, --length cuts the centre out of longer prompts, and --window extends the model."""
+    """What is measured; for qasper and narrative-qa TEXT is a .json, .jsonl or .parquet file \
+of their questions, --length cuts the centre out of longer prompts, and --window extends the model."""
     style: Literal["plain", "chat"] = "plain"
     """qasper, narrative-qa: plain prompts, or with the marks of a Llama 2 chat."""
     answer_tokens: int = 30

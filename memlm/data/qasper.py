@@ -10,8 +10,7 @@ of a Llama 2 chat (``"chat"``) or without (``"plain"``). Every annotator's answe
 yes or no, else "unanswerable", else the free answer, else the spans of the text. NarrativeQA has
 the same frame around an instruction of ours.
 
-Files are read as they were released, or as rows of a data set; a file of rows in parquet format is
-``datasets.load_dataset("parquet", data_files=...)``.
+Files are read as they were released, or as rows of a data set: .json, .jsonl or .parquet.
 """
 
 import json
@@ -26,6 +25,7 @@ from memlm.data.documents import read_records
 Style = Literal["chat", "plain"]
 Rows = str | Path | Iterable[Mapping[str, Any]]
 
+_ROWS_AT_ONCE = 64
 _SYSTEM = "You are a helpful, concise and honest assistant."
 _ARTICLE = (
     "You are given a scientific article and a question. Answer the question as concisely as you "
@@ -63,8 +63,8 @@ def read_qasper(source: Rows, *, style: Style = "plain") -> list[Question]:
     """The questions of Qasper, paper by paper.
 
     Args:
-        source: the released .json file (papers by id), a .json or .jsonl file of rows, or rows of
-            the data set.
+        source: the released .json file (papers by id), a .json, .jsonl or .parquet file of rows,
+            or rows of the data set.
         style: of the prompts.
 
     Raises:
@@ -77,7 +77,8 @@ def read_narrative_qa(source: Rows, *, style: Style = "plain") -> list[Question]
     """The questions of NarrativeQA, in the order of the rows.
 
     Args:
-        source: a .json or .jsonl file of rows, or rows of the data set, with the whole story.
+        source: a .json, .jsonl or .parquet file of rows, or rows of the data set, with the whole
+            story.
         style: of the prompts.
 
     Raises:
@@ -115,6 +116,9 @@ def _rows(source: Rows) -> Iterator[tuple[str, Any]]:
     if ".jsonl" in path.suffixes:
         yield from read_records(path)
         return
+    if path.suffix == ".parquet":
+        yield from ((f"row {n} of {path}", row) for n, row in enumerate(_parquet_rows(path)))
+        return
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -129,6 +133,20 @@ def _rows(source: Rows) -> Iterator[tuple[str, Any]]:
         yield from ((f"paper {key} of {path}", {"id": key, **row}) for key, row in value.items())
     else:
         yield from ((f"row {number} of {path}", row) for number, row in enumerate(value))
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """A few rows at a time: a story is a whole book."""
+    # comes with datasets, and needs a moment to load
+    from pyarrow import ArrowException, parquet
+
+    try:
+        for batch in parquet.ParquetFile(path).iter_batches(_ROWS_AT_ONCE):
+            yield from batch.to_pylist()
+    except (OSError, ArrowException) as error:
+        raise InputError(
+            f"{path} must be a parquet file that can be read, but is not ({error})"
+        ) from error
 
 
 def _plain_rows(value: Any) -> Iterable[Any]:

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 
 from memlm.core.errors import InputError
@@ -50,7 +51,9 @@ def test_released_files_and_rows_are_the_same(tmp_path):
     assert [row.references for row in found] == [("a list", "one two"), ("no",), ("unanswerable",)]
     assert [row.question for row in found] == ["What 0?", "What 1?", "What 2?"]
     assert "Article: Start First.   Question: What 0? Please" in found[0].prompt
-    for source in (tmp_path / "rows.jsonl", tmp_path / "rows.json", [COLUMNS]):
+    datasets.Dataset.from_list([COLUMNS]).to_parquet(tmp_path / "rows.parquet")
+    paths = [tmp_path / f"rows.{ending}" for ending in ("jsonl", "json", "parquet")]
+    for source in (*paths, [COLUMNS]):
         assert read_qasper(source) == found
 
 
@@ -75,6 +78,13 @@ def test_bad_files_are_named(tmp_path):
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(InputError, match="must be a file of JSON that can be read"):
         read_qasper(tmp_path / "bad.json")
+    (tmp_path / "bad.parquet").write_text("no parquet")
+    for name in ("bad.parquet", "missing.parquet"):
+        with pytest.raises(InputError, match=r"must be a parquet file that can be read"):
+            read_qasper(tmp_path / name)
+    datasets.Dataset.from_list([STORY]).to_parquet(tmp_path / "stories.parquet")
+    with pytest.raises(InputError, match=r"row 0 of .*stories.parquet must have the fields of Qas"):
+        read_qasper(tmp_path / "stories.parquet")
     with pytest.raises(InputError, match="row 0 must have the fields of Qasper"):
         read_qasper([STORY])
     with pytest.raises(InputError, match="row 0 must have the fields of NarrativeQA"):
