@@ -301,7 +301,9 @@ class _Run:
             write_atomic(log, lambda file: file.write("".join(lines).encode()))
 
     def _window(self) -> Any:
-        return getattr(body(self.model), EXTENDED).config.to_dict()
+        extension = getattr(body(self.model), EXTENDED)
+        middle = {} if extension.middle is None else {"middle": extension.middle.to_dict()}
+        return {**extension.config.to_dict(), **middle}
 
 
 @dataclass(frozen=True)

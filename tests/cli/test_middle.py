@@ -61,6 +61,8 @@ def test_stream_goes_on_with_them(place, capsys):
     assert parts[-1]["tokens"] == whole[-1]["tokens"] == 400
     assert parts[-1]["nll"] == pytest.approx(whole[-1]["nll"], rel=1e-4)
     assert whole[-1]["cache_bytes"] > whole[0]["cache_bytes"]
+    assert run(*command, "--tokens", 500, "--out", place / "run", "--middle-capacity", 64) == 2
+    assert "give another folder" in capsys.readouterr().err
 
 
 def test_generate_reads_a_prompt_of_any_length(place, capsys):
