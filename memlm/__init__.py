@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from memlm.models.extend import restore_context as restore_context
     from memlm.models.retro.causal_lm import RetroForCausalLM as RetroForCausalLM
     from memlm.models.retro.config import RetroConfig as RetroConfig
+    from memlm.models.retro.fit import retro_fit as retro_fit
     from memlm.models.tupe.config import TupeConfig as TupeConfig
     from memlm.models.tupe.heads import TupeForMaskedLM as TupeForMaskedLM
     from memlm.models.tupe.retrofit import untie_positions as untie_positions
@@ -121,6 +122,7 @@ _HOME = {
     "restore_context": "memlm.models.extend",
     "retomaton": "memlm.methods.retomaton",
     "retro_database": "memlm.methods.retro",
+    "retro_fit": "memlm.models.retro.fit",
     "tokenize": "memlm.data.tokens",
     "train_causal_lm": "memlm.training.causal_lm",
     "train_tokenizer": "memlm.training.tokenizer",

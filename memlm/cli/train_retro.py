@@ -17,6 +17,8 @@ _STEPS = 1000  # without a limit
 def train_with_neighbours(options: "Train") -> int:
     """Train on a database with its neighbours; the options are those of ``memlm train``.
 
+    A model to continue that reads no neighbours yet learns to, its own weights frozen.
+
     With held-out text, also its bits per byte with retrieval on, off and shuffled.
 
     Raises:
@@ -39,10 +41,10 @@ def train_with_neighbours(options: "Train") -> int:
         sequences = len(retro_sequences(source, config))
         value: dict[str, Any] = {"config": config.to_dict(), "sequences": sequences}
         value["step_tokens"] = config.step_tokens
+        k = 0 if source.neighbours is None else config.k or source.neighbours.k
         text = (
-            f"{sequences:,} sequences of {config.block_length} tokens with "
-            f"{config.k or source.neighbours.k} neighbours per chunk, {config.step_tokens:,} "
-            "tokens per step"
+            f"{sequences:,} sequences of {config.block_length} tokens with {k} neighbours per "
+            f"chunk, {config.step_tokens:,} tokens per step"
         )
         show(value, text, as_json=options.json)
         return 0
@@ -57,7 +59,7 @@ def train_with_neighbours(options: "Train") -> int:
         tokenizer,
         config,
         options.out,
-        model=_model(options, tokenizer),
+        model=_model(options, config, tokenizer, source.text.chunk_size),
         held_out=held_out,
         resume=options.resume,
     )
@@ -90,14 +92,20 @@ def _settings(options: "Train") -> "RetroTrainConfig":
     return RetroTrainConfig.from_dict(settings)
 
 
-def _model(options: "Train", tokenizer: Any) -> Any:
-    """The model to continue or one of a given architecture; None: a new one of the settings."""
-    import memlm.models.retro.causal_lm  # noqa: F401  registers its family
+def _model(options: "Train", config: "RetroTrainConfig", tokenizer: Any, chunk_size: int) -> Any:
+    """The model to continue or to fit, or one of a given architecture; None: a new small one."""
+    from memlm.models.retro.generation import RetrievingGeneration
 
     if options.model is not None:
-        return load_model(options.model, "cpu")
+        import memlm.models.retro.fit
+        from memlm.training.retro import fitted_model
+
+        model = load_model(options.model, "cpu")
+        reads = isinstance(model, RetrievingGeneration)
+        return model if reads else fitted_model(model, config, chunk_size)
     if options.architecture is None:
         return None
+    import memlm.models.retro.causal_lm  # noqa: F401  registers its family
     from memlm.training.architecture import model_of
 
     return model_of(options.architecture, tokenizer, seed=options.seed or 1)

@@ -115,7 +115,7 @@ def train(
     )
     model = cast(PreTrainedModel, module.model)
     if (out / SUMMARY).exists():
-        return type(model).from_pretrained(out, dtype=torch.float32).eval()
+        return _saved(model, out).eval()
 
     with random_state_kept(), torch_threads(config.threads) as threads:
         trainer = Loop(
@@ -340,7 +340,7 @@ class Loop(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        saved = type(self.trained).from_pretrained(resume_from_checkpoint, dtype=torch.float32)
+        saved = _saved(self.trained, resume_from_checkpoint)
         self.trained.load_state_dict(saved.state_dict())
         return None
 
@@ -421,6 +421,12 @@ def _example(examples: Any, number: int) -> Any:
 
 def _targets(batch: dict[str, Tensor]) -> Tensor:
     return (batch.get("shift_labels", batch["labels"]) != IGNORED).sum()
+
+
+def _saved(model: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """A model of the same kind from a folder; one that stands on another model is given that."""
+    beneath: Any = {} if getattr(model, "base", None) is None else {"base": model.base}
+    return cast(Any, type(model)).from_pretrained(folder, dtype=torch.float32, **beneath)
 
 
 def on_cpu(config: RunConfig) -> bool:

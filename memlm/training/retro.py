@@ -1,5 +1,8 @@
 """Train a RETRO model (Borgeaud et al. 2022) on chunks and their neighbours, on the common loop.
 
+The model is new, continued, or a trained language model that learns to read neighbours while its
+own weights stay (`memlm.models.retro.fit`).
+
 A text is a chunk database with a finished table of neighbours, or without one: the same model then
 learns without retrieval. `memlm.retrieval.dataset` makes sequences of it. An epoch reads every
 sequence once, in an order of its own. With AdamW tables and matrices are decayed, vectors (biases,
@@ -8,13 +11,13 @@ gains of norms, null keys and values) are not: the groups of `memlm.training.ret
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
 from accelerate import PartialState
 from torch.utils.data import default_collate
-from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 
 from memlm.core.config import check
 from memlm.core.errors import FingerprintError
@@ -23,6 +26,7 @@ from memlm.data.streams import pack
 from memlm.models.fingerprint import model_hash, tokenizer_hash
 from memlm.models.retro.causal_lm import RetroForCausalLM
 from memlm.models.retro.config import RetroConfig
+from memlm.models.retro.fit import RetroFitForCausalLM, retro_fit
 from memlm.retrieval.chunks import ChunkDatabase
 from memlm.retrieval.dataset import RetroDataset
 from memlm.retrieval.neighbours import DIRECTORY, NeighbourTable
@@ -30,6 +34,9 @@ from memlm.training.loop import on_cpu, train
 from memlm.training.model_loss import ModelLoss
 from memlm.training.order import Dealt
 from memlm.training.retro_config import RetroTrainConfig
+
+Reader = TypeVar("Reader", RetroForCausalLM, RetroFitForCausalLM)
+"""A model that reads neighbours."""
 
 
 class RetroText(NamedTuple):
@@ -87,12 +94,12 @@ def train_retro(
     config: RetroTrainConfig,
     out: str | Path,
     *,
-    model: RetroForCausalLM | None = None,
+    model: Reader | None = None,
     held_out: RetroText | None = None,
     resume: bool = False,
     quiet: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
-) -> RetroForCausalLM:
+) -> Reader:
     """Train a model and leave it, with its tokenizer and a summary, in a folder.
 
     With ``max_steps`` the result depends only on texts, tables, settings, number of processes,
@@ -103,7 +110,8 @@ def train_retro(
         tokenizer: that made its tokens; saved beside the model.
         config: everything else.
         out: folder of the run; created.
-        model: to continue, trained in place, in float32; None: a new one of the configured shape.
+        model: to continue, trained in place, in float32 (of a fitted model, the new weights); None:
+            a new one of the configured shape.
         held_out: text to report the loss on.
         resume: continue from the last checkpoint in ``out`` (from the start if there is none; a
             finished run is only loaded).
@@ -129,22 +137,29 @@ def train_retro(
     evaluated = None if held_out is None else retro_sequences(held_out, config)
     identity: dict[str, Any] = {
         "text": source.text.fingerprint,
-        "neighbours": source.neighbours and source.neighbours.record,
+        "neighbours": None if source.neighbours is None else source.neighbours.record,
         "tokenizer_hash": there,
     }
+    learner: Any = model
     if model is None:
         with random_state_kept():
             torch.manual_seed(config.seed)
-            model = RetroForCausalLM(model_config(config, tokenizer, source.text.chunk_size))
+            learner = RetroForCausalLM(model_config(config, tokenizer, source.text.chunk_size))
     else:
         check_model(model, source.text, tokenizer)
+        check(
+            source.neighbours is not None or isinstance(model, RetroForCausalLM),
+            f"a frozen model learns from neighbours only, but {source.text.path} has no table of "
+            "them; make one (`memlm retro neighbours`)",
+        )
         identity["model_hash"] = model_hash(model)
-        model = cast(RetroForCausalLM, model.float())
+        if isinstance(model, RetroForCausalLM):
+            learner = model.float()
     order = np.random.default_rng(config.seed).permutation(len(data))
     batches = pack([config.block_length] * len(data), order, max_rows=config.rows)
     processes = PartialState(cpu=on_cpu(config)).num_processes
     trained = train(
-        ModelLoss(model),
+        ModelLoss(learner),
         data,
         Dealt(batches, processes=processes, seed=config.seed),
         config,
@@ -157,7 +172,7 @@ def train_retro(
         quiet=quiet,
         callbacks=callbacks,
     )
-    return cast(RetroForCausalLM, trained)
+    return cast(Reader, trained)
 
 
 def model_config(
@@ -187,8 +202,27 @@ def model_config(
     )
 
 
+def fitted_model(
+    base: PreTrainedModel, config: RetroTrainConfig, chunk_size: int
+) -> RetroFitForCausalLM:
+    """A language model with new parts that read neighbours, for a run of these settings.
+
+    Of the shape, ``encoder_layers`` and ``cross_attention_layers`` count; widths are the model's.
+    """
+    with random_state_kept():
+        torch.manual_seed(config.seed)
+        return retro_fit(
+            base,
+            chunk_size=chunk_size,
+            encoder_num_layers=config.encoder_layers,
+            cross_attention_layers=config.cross_attention_layers,
+        )
+
+
 def check_model(
-    model: RetroForCausalLM, text: ChunkDatabase, tokenizer: PreTrainedTokenizerBase
+    model: RetroForCausalLM | RetroFitForCausalLM,
+    text: ChunkDatabase,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Refuse a model for other chunks or fewer words.
 
@@ -196,10 +230,11 @@ def check_model(
         InputError: if it is no RETRO model, or its chunk size or vocabulary do not fit.
     """
     check(
-        isinstance(model, RetroForCausalLM),
-        f"the model must be a RetroForCausalLM, got a {type(model).__name__}",
+        isinstance(model, RetroForCausalLM | RetroFitForCausalLM),
+        "the model must be a RetroForCausalLM or one that retro_fit made, got a "
+        f"{type(model).__name__}",
     )
-    shape = model.config
+    shape = model.retro
     check(
         shape.chunk_size == text.chunk_size,
         f"the model must have the chunk size of {text.path}, {text.chunk_size} tokens, got "

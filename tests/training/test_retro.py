@@ -8,12 +8,16 @@ import torch
 from transformers import TrainerCallback
 
 from memlm.core.errors import FingerprintError, InputError
+from memlm.evaluation.retro import compare_retrieval
 from memlm.methods.retro import retro_database
+from memlm.models.fingerprint import model_hash
 from memlm.models.retro.causal_lm import RetroForCausalLM
 from memlm.models.retro.config import RetroConfig
+from memlm.models.retro.fit import retro_fit
+from memlm.testing.tiny import tiny_model, tiny_tokens
 from memlm.training.learning import make_optimizer, make_schedule
 from memlm.training.model_loss import ModelLoss
-from memlm.training.retro import RetroText, train_retro
+from memlm.training.retro import RetroText, fitted_model, retro_sequences, train_retro
 from memlm.training.retro_config import RetroTrainConfig
 from memlm.training.retro_groups import retro_groups
 from tests.retrieval.texts import documents
@@ -133,3 +137,71 @@ def test_what_does_not_fit_is_refused(source, tokenizer, tmp_path):
     other.add_tokens(["another"])
     with pytest.raises(FingerprintError, match="must be the one that made"):
         train_retro(source, other, config, tmp_path / "run", quiet=True)
+
+
+def fitted(tokenizer, config):
+    base = tiny_model(vocab_size=len(tokenizer))
+    return base, fitted_model(base, config, 8)
+
+
+def test_a_fitted_model_resumes_and_its_base_stays(source, tokenizer, tmp_path):
+    config = RetroTrainConfig(**SMALL, max_steps=12, save_every=4)
+    base, model = fitted(tokenizer, config)
+    before = model_hash(base)
+    whole = train_retro(source, tokenizer, config, tmp_path / "whole", model=model, quiet=True)
+    assert model_hash(base) == before
+    assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
+    assert any(gate.abs() > 0 for gate in whole.gates.values())
+    settings = {"quiet": True, "resume": True}
+    killed = {**settings, "model": fitted(tokenizer, config)[1], "callbacks": [Die(7)]}
+    with pytest.raises(KeyboardInterrupt):
+        train_retro(source, tokenizer, config, tmp_path / "cut", **killed)
+    for _ in range(2):  # the second time it is only loaded
+        _, again = fitted(tokenizer, config)
+        cut = train_retro(source, tokenizer, config, tmp_path / "cut", model=again, **settings)
+        assert all(map(torch.equal, whole.parameters(), cut.parameters()))
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    data = retro_sequences(source, config)
+    figures = compare_retrieval(whole, data, quiet=True)
+    off = compare_retrieval(fitted(tokenizer, config)[1], data, modes=["on"], quiet=True)["on"]
+    assert (figures["off"].chunk_nats == off.chunk_nats).all()
+    assert (figures["on"].chunk_nats != off.chunk_nats).any()
+
+
+def test_a_fitted_model_learns_to_read_the_answer():
+    """Random tokens cannot be foretold, except where a neighbour's continuation tells them."""
+    torch.manual_seed(0)
+    words = 8
+    base = tiny_model(vocab_size=words + 3)
+    model = retro_fit(base, chunk_size=4, cross_attention_layers=(1, 2), encoder_num_layers=1)
+    learnt = [one for one in model.parameters() if one.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=1e-2, weight_decay=0.0)
+
+    def loss(seed, told=True):
+        tokens = tiny_tokens(64, 5, vocab_size=words + 3, seed=seed)
+        answer = tokens[:, 4:] if told else tiny_tokens(64, 1, vocab_size=words + 3, seed=-seed)
+        neighbour = torch.cat([tokens[:, :4], answer.expand(-1, 4)], 1)
+        labels = tokens.clone()
+        labels[:, :4] = -100  # only what follows the chunk
+        return model.train()(tokens, neighbours=neighbour[:, None], labels=labels).loss
+
+    with torch.no_grad():
+        first = float(loss(1000))
+    for step in range(120):
+        loss(step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with torch.no_grad():
+        told, untold = float(loss(1000)), float(loss(1000, told=False))
+    assert told < 0.5 * first
+    assert told < 0.5 * untold
+
+
+def test_what_a_frozen_model_cannot_learn_from_is_refused(source, tokenizer, tmp_path):
+    config = RetroTrainConfig(**SMALL, max_steps=1)
+    _, model = fitted(tokenizer, config)
+    alone = source._replace(neighbours=None)
+    with pytest.raises(InputError, match="a frozen model learns from neighbours only"):
+        train_retro(alone, tokenizer, config, tmp_path / "run", model=model, quiet=True)
+    with pytest.raises(InputError, match="or one that retro_fit made, got a LlamaForCausalLM"):
+        train_retro(source, tokenizer, config, tmp_path / "run", model=model.detach(), quiet=True)

@@ -49,29 +49,35 @@ class RetroPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        config = self.config
-        as_torch = config.initializer == "torch"
-        std = 1.0 if as_torch else config.initializer_range
-        if config.deepnet and isinstance(module, BodyLinear):
-            init.xavier_normal_(module.weight, gain=module.gain)
-            if module.bias is not None:
-                init.zeros_(module.bias)
-        elif as_torch and isinstance(module, nn.Linear):
-            init.kaiming_uniform_(module.weight, a=5**0.5)
-            if module.bias is not None:
-                bound = module.in_features**-0.5
-                init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.Embedding):
-            init.normal_(module.weight, std=std)
-        elif isinstance(module, CrossAttention):
-            init.normal_(module.null_key, std=std)
-            init.normal_(module.null_value, std=std)
-        elif isinstance(module, RetroNorm):
-            init.ones_(module.weight)
-            if module.gate is not None:
-                init.ones_(module.gate)
-        else:
+        if not initialize(module, self.config):
             super()._init_weights(module)
+
+
+def initialize(module: nn.Module, config: RetroConfig) -> bool:
+    """Draw the weights of one module of RETRO; whether it is one of those drawn here."""
+    as_torch = config.initializer == "torch"
+    std = 1.0 if as_torch else config.initializer_range
+    if config.deepnet and isinstance(module, BodyLinear):
+        init.xavier_normal_(module.weight, gain=module.gain)
+        if module.bias is not None:
+            init.zeros_(module.bias)
+    elif as_torch and isinstance(module, nn.Linear):
+        init.kaiming_uniform_(module.weight, a=5**0.5)
+        if module.bias is not None:
+            bound = module.in_features**-0.5
+            init.uniform_(module.bias, -bound, bound)
+    elif isinstance(module, nn.Embedding):
+        init.normal_(module.weight, std=std)
+    elif isinstance(module, CrossAttention):
+        init.normal_(module.null_key, std=std)
+        init.normal_(module.null_value, std=std)
+    elif isinstance(module, RetroNorm):
+        init.ones_(module.weight)
+        if module.gate is not None:
+            init.ones_(module.gate)
+    else:
+        return False
+    return True
 
 
 class RetroModel(RetroPreTrainedModel):
@@ -170,7 +176,7 @@ class RetroModel(RetroPreTrainedModel):
         x = self._place(x, grid.positions)
         sight = Sight(
             rotation(grid.positions[:, None], self.config, x.dtype),
-            _mask(grid, real, past, time, x.dtype),
+            sight_mask(grid, real, past, time, x.dtype),
             causal=past == 0 and real is None and grid.documents is None,
             cache=cache,
         )
@@ -179,7 +185,15 @@ class RetroModel(RetroPreTrainedModel):
             found = neighbours_of(
                 neighbours, neighbour_mask, grid, self.config, aligned=real is None
             )
-        reading = Reading(self.config, self.encoder, self.neighbour_table, grid, found, cache)
+        reading = Reading(
+            self.config,
+            self.encoder,
+            self.neighbour_table,
+            grid,
+            found,
+            cache,
+            asked=neighbours is not None,
+        )
         states = [x] if output_hidden_states else []
         for layer in self.layers:
             x = layer(x, sight, reading)
@@ -226,10 +240,13 @@ class RetroModel(RetroPreTrainedModel):
         return self.project(x) if hasattr(self, "project") else x
 
 
-def _mask(
+def sight_mask(
     grid: ChunkGrid, real: Tensor | None, past: int, time: int, dtype: torch.dtype
 ) -> Tensor | None:
-    """What each new token sees, to add; None where causality says it all or all is seen."""
+    """What each new token sees, to add: ``(batch, 1, time, past + time)``.
+
+    None where causality says it all, or all is seen.
+    """
     if real is None and grid.documents is None and (past == 0 or time == 1):
         return None
     device = grid.positions.device

@@ -33,6 +33,8 @@ class Reading:
         found: tokens ``(chunks, k, length)`` of the neighbours of the grid's chunks and their mask;
             None: there are none.
         cache: of the past; None: these columns are all.
+        asked: whether neighbours were given at all. In training, then, every weight gets a
+            gradient even if no chunk ends in the batch, as processes that exchange them expect.
     """
 
     def __init__(
@@ -43,9 +45,11 @@ class Reading:
         grid: ChunkGrid,
         found: tuple[Tensor, Tensor] | None,
         cache: RetroCache | None,
+        *,
+        asked: bool = False,
     ):
         self.config, self.encoder, self.embed = config, encoder, embed
-        self.grid, self.found, self.cache = grid, found, cache
+        self.grid, self.found, self.cache, self.asked = grid, found, cache, asked
         self.encoded: Encoded | None = None
         self.begun = False
 
@@ -78,6 +82,9 @@ class Reading:
                 "neighbours must be given for every chunk once they were given for one, got none "
                 f"for {len(grid.rows)} chunks that end here",
             )
+            if self.asked and self.encoder.training and torch.is_grad_enabled():
+                nothing = grid.rows.new_zeros(1, 1, 1)  # for a chunk that nobody attends to
+                return self.encoder(nothing, nothing.bool(), self.embed, states[:1, :1], None)
             return None
         columns = (grid.columns() + states.shape[1] - x.shape[1]).clamp(min=0)
         flat = columns + grid.rows[:, None] * states.shape[1]
