@@ -13,6 +13,7 @@ BENCHMARKS = (
     "bench_trime",
     "bench_retro",
     "bench_untied_attention",
+    "bench_middle",
 )
 
 

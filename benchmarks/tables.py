@@ -237,6 +237,92 @@ def lminfinite_speed(result: Result) -> list[str]:
     ]
 
 
+def lminfinite_compiled(result: Result) -> list[str]:
+    rows = []
+    for name in ("plain", "soft-cap", "padding"):
+        for length in (4096, 16_384):
+            row = result[f"{name}_{length}"]
+            timed, (low, high) = row["flex_over_auto"], row["flex_over_auto"]["ratio_range"]
+            ratio = f"{timed['ratio']:.2f} ({low:.2f}-{high:.2f})"
+            rows.append([name, f"{length:,}", ratio, f"{row['first_call_seconds']:.1f}"])
+    return [
+        f"Compiled FlexAttention of LM-Infinite over what a CPU uses instead, one layer of "
+        f"{result['heads']} heads x {result['head_dim']}, window {result['window']:,}, "
+        f"{result['sinks']} sinks, {result['machine']['threads']} thread(s), in turn:",
+        "",
+        *table(["", "tokens", "time ratio (range)", "first call, s"], rows),
+    ]
+
+
+def lminfinite_middle(result: Result) -> list[str]:
+    rows = []
+    for row in result["rows"]:
+        low, high = row["ratio_range"]
+        rows.append(
+            [
+                row["case"],
+                f"{row['position']:,}",
+                f"{row['milliseconds']:.2f}",
+                f"{row['plain_milliseconds']:.2f}",
+                f"{row['ratio']:.2f} ({low:.2f}-{high:.2f})",
+                f"{row['bytes']['device'] / 1e6:.1f}",
+                f"{row['bytes']['cpu'] / 1e6:.1f}",
+            ]
+        )
+    return [
+        f"Middle tokens of LM-Infinite, {result['layers']} layers of {result['heads']} heads x "
+        f"{result['head_dim']}, window {result['window']:,}, {result['sinks']} sinks, "
+        f"{result['machine']['threads']} thread(s), 50 steps a round in turn, "
+        f"{result['rounds']} rounds; memory of the cache:",
+        "",
+        *table(
+            ["middle tokens", "position", "ms/token", "without", "ratio (range)", "device MB",
+             "offloaded MB"],
+            rows,
+        ),
+    ]  # fmt: skip
+
+
+def passkey(result: Result) -> list[str]:
+    methods = result["methods"]
+    lengths = next(iter(methods.values()))["config"]["lengths"]
+    rows = []
+    for name, found in methods.items():
+        row = [name]
+        for length in lengths:
+            shares = [point["accuracy"] for point in found["points"] if point["length"] == length]
+            row.append(f"{sum(shares) / len(shares):.0%}")
+        rows.append(row)
+    return [
+        f"Passkeys found by a model trained on {result['trained_length']} tokens, window "
+        f"{result['window']}, {result['sinks']} sinks, mean over depths ("
+        f"{next(iter(methods.values()))['protocol']}):",
+        "",
+        *table(["method", *(f"{length:,} tokens" for length in lengths)], rows),
+    ]
+
+
+def diagnosis(result: Result) -> list[str]:
+    lines: list[str] = []
+    for name in ("stories260K", "tinystories-656k"):
+        tried = result[name]["recommendation"]
+        config, chosen = tried["config"], tried["chosen"]
+        losses = {(one["window"], one["sinks"]): one["nll"] for one in tried["settings"]}
+        rows = [
+            [str(window), *(f"{losses[window, sinks]:.3f}" for sinks in config["sinks"])]
+            for window in config["windows"]
+        ]
+        head = ["window", *(f"{sinks} sinks" for sinks in config["sinks"])]
+        lines += [
+            "",
+            f"{name}: {tried['protocol']}; recommended: window {chosen['window']}, "
+            f"{chosen['sinks']} sinks; the model as it is: {tried['vanilla']:.3f}:",
+            "",
+            *table(head, rows),
+        ]
+    return lines[1:]
+
+
 def ten_million(result: Result) -> list[str]:
     recall = result["recall"]
     return [
@@ -323,6 +409,38 @@ def trime(result: Result) -> list[str]:
     ]
 
 
+def retro_training(result: Result) -> list[str]:
+    rows, protocol = [], result["protocol"]
+    for name, run in result["runs"].items():
+        row = [name]
+        for mode in ("off", "on", "shuffled"):
+            found = run.get(mode)
+            row.append(f"{found['bits_per_byte']:.4f}" if found else "")
+        gain = run.get("on", {}).get("against_none")
+        row.append(_difference(gain) if gain else "")
+        row.append(f"{run.get('on', run['off'])['perplexity']:.1f}")
+        rows.append(row)
+    return [
+        f"RETRO trained on {protocol['tokens']:,} tokens of Wikipedia articles, by how neighbours "
+        f"were found in {protocol['database_chunks']:,} chunks; bits per byte of "
+        f"{protocol['test_articles']} held-out articles, with retrieval off, on, and with the "
+        "neighbours of other chunks (95 % intervals over articles):",
+        "",
+        *table(
+            ["neighbours", "off", "on", "shuffled", "on less the model without", "perplexity"],
+            rows,
+        ),
+    ]
+
+
+def _difference(found: dict[str, Any]) -> str:
+    text = f"{found['bits_per_byte']:+.4f}"
+    if "interval" in found:
+        low, high = found["interval"]
+        text += f" ({low:+.4f} to {high:+.4f})"
+    return text
+
+
 SECTIONS = {
     "import": imports,
     "extraction": extraction,
@@ -334,9 +452,14 @@ SECTIONS = {
     "untied_attention": untied_attention,
     "trime": trime,
     "retro": retro,
+    "retro_training": retro_training,
     "lminfinite_lengths": lminfinite_lengths,
     "lminfinite_stream": lminfinite_stream,
     "lminfinite_speed": lminfinite_speed,
+    "passkey": passkey,
+    "diagnosis": diagnosis,
+    "lminfinite_compiled": lminfinite_compiled,
+    "lminfinite_middle": lminfinite_middle,
 }
 
 
