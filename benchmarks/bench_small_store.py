@@ -33,7 +33,7 @@ from memlm.index.plan import IndexConfig
 from memlm.memory.knn import KnnMemory
 from memlm.store.reader import Datastore
 
-QUERIES = 1000
+QUERIES = 500
 
 
 def bytes_of(store: Datastore) -> int:
@@ -69,7 +69,7 @@ def main():
     folder = options.data / "models" / options.model
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    characters = {"train": options.characters, "valid": 30_000, "test": 30_000}
+    characters = {"train": options.characters, "valid": 10_000, "test": 20_000}
     texts = {
         split: tokenize(upto(documents, characters[split]), tokenizer)
         for split, documents in splits(options.data, options.corpus).items()

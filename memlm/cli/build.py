@@ -1,9 +1,14 @@
 """``memlm build``: text and a model become a datastore."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from memlm.cli.options import ModelOptions, TextOptions, show
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from memlm.index.plan import IndexConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +32,19 @@ the last block, or the head's input ("final"). "auto": ffn_input where the famil
     """Tokens per forward pass."""
     shard_entries: int = 65536
     """Entries per shard file, about; a killed worker loses at most one shard."""
+    code_size: int = 0
+    """Bytes of the code that is kept of each key instead of it (product codes, as in an index \
+of type ivfpq); 0 keeps whole keys."""
+    rotate: bool = False
+    """With --code-size: rotate keys before they are coded (OPQ)."""
+    lists: int = 4096
+    """With --code-size: inverted lists; fewer for small stores."""
+    nprobe: int = 32
+    """With --code-size: lists visited per query."""
+    train_size: int = 1_000_000
+    """With --code-size: keys the codes are trained on, at most."""
+    plan: bool = False
+    """Only say how many entries and bytes the store would have."""
     workers: int = 1
     """Processes that share the work; the store's bytes do not depend on it."""
     json: bool = False
@@ -38,12 +56,18 @@ the last block, or the head's input ("final"). "auto": ffn_input where the famil
         from memlm.extract.config import ExtractionConfig
 
         model, tokenizer = self.load()
+        corpus, windows = self.corpus(tokenizer), self.windows(model)
+        if self.plan:
+            text, value = self._planned(model, int(windows.table(corpus).targets.sum()))
+            show(value, text, as_json=self.json)
+            return 0
         store = build_datastore(
             model,
             tokenizer,
-            self.corpus(tokenizer),
+            corpus,
             self.out,
-            windows=self.windows(model),
+            windows=windows,
+            codes=self._codes(),
             config=ExtractionConfig(
                 tap=self.tap,
                 dtype=self.dtype,
@@ -73,3 +97,35 @@ the last block, or the head's input ("final"). "auto": ffn_input where the famil
         )
         show(value, text, as_json=self.json)
         return 0
+
+    def _codes(self) -> "IndexConfig | None":
+        """What codes are kept; None for whole keys."""
+        from memlm.index.plan import IndexConfig
+
+        if not self.code_size:
+            return None
+        return IndexConfig(
+            type="opq" if self.rotate else "ivfpq",
+            metric=self.metric,
+            lists=self.lists,
+            code_size=self.code_size,
+            nprobe=self.nprobe,
+            train_size=self.train_size,
+        )
+
+    def _planned(self, model: "PreTrainedModel", entries: int) -> tuple[str, dict[str, Any]]:
+        """What would be written, in words and numbers."""
+        from memlm.extract.build import key_dim
+        from memlm.extract.coding import plan_codes
+        from memlm.models.taps import find_tap
+        from memlm.store.residency import plan_store
+
+        dim = key_dim(model, find_tap(model, self.tap))
+        codes = self._codes()
+        if codes is not None:
+            plan = plan_codes(entries, dim, codes)
+            return plan.text, {"entries": entries, "dim": dim, "bytes": plan.bytes}
+        width = 4 if self.dtype == "float32" else 2
+        size = plan_store(entries, dim, width)
+        text = f"store of {entries:,} entries of {dim} dimensions: {size / 1e6:,.1f} MB"
+        return text, {"entries": entries, "dim": dim, "bytes": size}

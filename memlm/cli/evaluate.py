@@ -143,6 +143,11 @@ own document."""
                 f"{f'--method {self.method}' if self.method else '--tune'} needs a datastore, got "
                 "none; give --store, or leave it out to evaluate the model alone"
             )
+        if self.also and self.tune:
+            raise InputError(
+                "--tune chooses for one datastore, got --also beside it; tune each by itself, then "
+                "give the weights"
+            )
         if self.task != "perplexity" and (self.store is not None or self.method in READ_TEXT):
             raise InputError(
                 f"--task {self.task} asks the model alone, so it takes neither --store nor "

@@ -1,6 +1,6 @@
-"""``memlm import``: what other programs wrote becomes a model folder or a datastore."""
+"""``memlm import``: what others wrote becomes a model folder or a datastore; ``memlm push``."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,11 +16,13 @@ Kind = Literal["auto", "fairseq-lm", "fairseq-encoder", "datastore"]
 class Import:
     """Make a model folder of a fairseq model, or a datastore of raw key and value files.
 
-    Nothing in a file is executed; every tensor of a checkpoint is accounted for.
+    Nothing in a file is executed; every tensor of a checkpoint is accounted for. Addresses are
+    fetched, continued where they were cut, and compared with --sha256.
     """
 
     path: Annotated[str, Positional, arg(metavar="PATH")]
-    """Checkpoint (.pt), file of keys (..._keys.npy), or what comes before _keys.npy."""
+    """Checkpoint (.pt), file of keys (..._keys.npy), or what comes before _keys.npy: a path or an \
+address; the name of a published artefact; or hf://USER/NAME, a store on the Hub."""
     out: str
     """Folder to write."""
     kind: Kind = "auto"
@@ -48,11 +50,42 @@ fairseq-encoder: given with --codes, a tokenizer is made of the two."""
     """datastore: number format of the keys, likewise."""
     metric: Literal["l2", "ip", "cosine"] = "l2"
     """datastore: distance the keys are meant to be compared by."""
+    sha256: str | None = None
+    """Of the file at the address PATH."""
+    downloads: str | None = None
+    """Folder for what is fetched (default: memlm/downloads in the user's cache)."""
     json: bool = False
     """Print the result as JSON."""
 
     def run(self) -> int:
-        """Read, convert, write, and say what became of it."""
+        """Fetch, read, convert, write, and say what became of it."""
+        from memlm.importers.hub import fetch_store, hub_name
+
+        if (named := hub_name(self.path)) is not None:
+            store = fetch_store(named[0], revision=named[1], out=self.out)
+            show(store.describe(), f"{self.out}: {store}", as_json=self.json)
+            return 0
+        return self._located()._convert()
+
+    def _located(self) -> "Import":
+        """The same import, with everything on this machine."""
+        from memlm.importers.artefacts import find_artefact
+        from memlm.importers.fetching import locate
+
+        artefact = None if Path(self.path).exists() else find_artefact(self.path)
+        here = {
+            name: None if source is None else str(locate(source, self.downloads))
+            for name, source in (
+                ("dictionary", self.dictionary),
+                ("index", self.index),
+                ("members", self.members),
+            )
+        }
+        kind = artefact.kind if artefact is not None and self.kind == "auto" else self.kind
+        path = str(locate(self.path, self.downloads, sha256=self.sha256))
+        return replace(self, path=path, kind=kind, **here)
+
+    def _convert(self) -> int:
         kind = self._kind()
         if kind == "fairseq-lm":
             value, text = self._model()
@@ -119,3 +152,30 @@ fairseq-encoder: given with --codes, a tokenizer is made of the two."""
         return {"entries": len(store), "dim": store.dim}, (
             f"a datastore of {len(store):,} entries, {store.dim} dimensions"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Push:
+    """Upload a datastore, with its index and clusters, to a dataset repository of the Hub."""
+
+    store: Annotated[str, Positional, arg(metavar="STORE")]
+    """Directory of the datastore."""
+    name: Annotated[str, Positional, arg(metavar="USER/NAME")]
+    """Repository; created if it is not there."""
+    public: bool = False
+    """A new repository can be read by everyone (default: by you alone)."""
+    revision: str | None = None
+    """Branch (default: the main one)."""
+    json: bool = False
+    """Print the result as JSON."""
+
+    def run(self) -> int:
+        """Check and upload."""
+        from memlm.importers.hub import push_store
+        from memlm.store.reader import Datastore
+
+        store = Datastore.open(self.store)
+        commit = push_store(store, self.name, private=not self.public, revision=self.revision)
+        text = f"{commit}\nnext: memlm import hf://{self.name} --out STORE"
+        show({"repository": self.name, "commit": commit}, text, as_json=self.json)
+        return 0

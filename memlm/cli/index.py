@@ -1,11 +1,16 @@
 """``memlm index``: make a datastore searchable without reading every key."""
 
 from dataclasses import asdict, dataclass
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from tyro.conf import Positional, arg
 
 from memlm.cli.options import show
+
+if TYPE_CHECKING:
+    from memlm.index.plan import IndexPlan
+    from memlm.store.reader import Datastore
+    from memlm.store.residency import Part
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,7 @@ torch, no file; auto: exact for small stores, else ivfpq."""
     threads: int | None = None
     """CPU threads (default: as FAISS chooses)."""
     plan: bool = False
-    """Only say what would be built: sizes, memory, training points."""
+    """Only say what would be built: sizes, memory, training points, and where each part lives."""
     json: bool = False
     """Print the result as JSON."""
 
@@ -45,6 +50,7 @@ torch, no file; auto: exact for small stores, else ivfpq."""
         from memlm.index.plan import IndexConfig, plan_index
         from memlm.methods.knn_lm import index_store
         from memlm.store.reader import Datastore
+        from memlm.store.residency import residency_lines
 
         store = Datastore.open(self.store)
         config = IndexConfig(
@@ -62,8 +68,11 @@ torch, no file; auto: exact for small stores, else ivfpq."""
         seconds = plan.seconds(multiply_adds_per_second(self.threads)) if plan.operations else None
         text = plan.text if seconds is None else f"{plan.text}, about {seconds / 60:.1f} minutes"
         if self.plan:
+            parts = self._parts(store, plan)
             value = {**asdict(plan), "seconds": seconds}
-            show(value, "\n".join((text, *plan.warnings)), as_json=self.json)
+            value["parts"] = [part._asdict() for part in parts]
+            lines = (text, *plan.warnings, *residency_lines(parts))
+            show(value, "\n".join(lines), as_json=self.json)
             return 0
         if not self.json:
             show({}, text, as_json=False)
@@ -77,3 +86,19 @@ torch, no file; auto: exact for small stores, else ivfpq."""
             )
         show(described, text, as_json=self.json)
         return 0
+
+    def _parts(self, store: "Datastore", plan: "IndexPlan") -> "list[Part]":
+        """Where keys, values and index would live when the store is searched."""
+        from memlm.store.residency import plan_residency
+
+        exact = plan.engine == "exact"
+        return plan_residency(
+            len(store),
+            store.dim,
+            store.dtype.itemsize,
+            keys="ram" if exact else "disk",
+            code_size=store.manifest.info.code_size,
+            index="absent" if exact else "ram",
+            index_bytes=0 if exact else plan.bytes,
+            places=store.manifest.info.places,
+        )

@@ -6,11 +6,11 @@ Torch-free: heavy imports happen inside the methods, after the command line has 
 import json
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from memlm.core.errors import InputError
 from memlm.core.processes import rank_and_size
@@ -142,6 +142,9 @@ read before, mixed in (continuous cache)."""
 cache: a number, beside the square root of the model's width."""
     lam: float = 0.25
     """Weight of the memory in the mixture, from 0 to 1; trime has no mixture."""
+    also: Annotated[tuple[tuple[str, float], ...], UseAppendAction, arg(metavar="STORE LAM")] = ()
+    """knn: a further datastore and its weight; may be given several times. The model keeps what \
+the weights leave of 1."""
     recompute: bool = False
     """Score the neighbours that an approximate index found by their exact distances (retomaton \
 always does)."""
@@ -166,6 +169,11 @@ once, with that much added to the score of entries that a pointer leads to."""
         """
         from memlm.core.merges import Mixture
 
+        if self.also and (self.store is None or self.method not in (None, "knn")):
+            raise InputError(
+                "--also adds stores to one that is searched at every token, so it needs --store "
+                f"and the method knn, got {self.store or 'no store'} and {self.method or 'knn'}"
+            )
         if self.method in READ_TEXT:
             lm = self._reading(model)
             return lm.memory, lm.merge
@@ -177,6 +185,8 @@ once, with that much added to the score of entries that a pointer leads to."""
         merge = Mixture(self.lam)
         if self.store is None:
             return None, None
+        if self.also:
+            return self._several()
         if self.method == "knn":
             return self.searched(), merge
         from memlm.memory.automaton import AutomatonMemory
@@ -193,6 +203,15 @@ once, with that much added to the score of entries that a pointer leads to."""
             index=self.index,
         )
         return memory, merge
+
+    def _several(self) -> "tuple[TokenMemory, Merge]":
+        """The store and those of ``--also``, each with its weight."""
+        from memlm.core.merges import Shares
+        from memlm.memory.together import Together
+
+        stores = [(self.store, self.lam), *self.also]
+        members = [replace(self, store=store, also=()).searched() for store, _ in stores]
+        return Together(*members, lams=[lam for _, lam in stores]), Shares()
 
     def _reading(self, model: "PreTrainedModel") -> "MemoryForCausalLM":
         """The model with what it remembers of the text, for the methods ``READ_TEXT``."""
@@ -280,14 +299,16 @@ its own, which divides the dot products."""
             )
 
 
-def load_model(name: str, device: str = "auto", device_map: str | None = None) -> "PreTrainedModel":
-    """A causal language model in the precision of its checkpoint.
+def load_model(
+    name: str, device: str = "auto", device_map: str | None = None, *, pairs: bool = False
+) -> "PreTrainedModel":
+    """A causal language model, or an encoder-decoder, in the precision of its checkpoint.
 
     Raises:
         InputError: if ``name`` is no model or the device is not there.
     """
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils.logging import disable_progress_bar
 
     import memlm.models.adaptive.decoder
@@ -299,11 +320,13 @@ def load_model(name: str, device: str = "auto", device_map: str | None = None) -
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
         placed = {} if device_map is None else {"device_map": device_map}
-        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype="auto", **placed)
+        kind = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
+        model: Any = kind.from_pretrained(name, dtype="auto", **placed)
         return (model if placed else model.to(device)).eval()
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"the model must be a folder or Hub id of a causal language model, got {name!r}: "
+            "the model must be a folder or Hub id of "
+            f"{'an encoder-decoder' if pairs else 'a causal language model'}, got {name!r}: "
             f"{_first_line(error)}"
         ) from error
 

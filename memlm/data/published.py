@@ -17,14 +17,14 @@ enwik8 from its zip, whose content must have the known checksum. Both are fetche
 import hashlib
 import os
 import re
-import urllib.request
 import zipfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from memlm.core.config import check
-from memlm.core.errors import InputError
+from memlm.core.download import download
+from memlm.core.errors import InputError, MemlmError
 from memlm.core.files import write_atomic
 from memlm.data.documents import Document
 
@@ -140,22 +140,15 @@ def read_archive(archive: Archive, split: str, *, cache: Path | None = None) -> 
 def _unpacked(archive: Archive, path: Path) -> bytes:
     """The content of the zip at ``archive.url``; the zip itself is not kept."""
     try:
-        with urllib.request.urlopen(archive.url, timeout=60) as answer:
-            write_atomic(path, lambda file: _copy(answer, file))
-        with zipfile.ZipFile(path) as packed:
+        with zipfile.ZipFile(download(archive.url, path)) as packed:
             return packed.read(archive.member)
-    except (OSError, zipfile.BadZipFile, KeyError) as error:
+    except (MemlmError, OSError, zipfile.BadZipFile, KeyError) as error:
         raise InputError(
             f"{archive.url} must be a zip with {archive.member} in it, but {error}; check the "
             "connection and try again"
         ) from error
     finally:
         path.unlink(missing_ok=True)
-
-
-def _copy(source, target) -> None:
-    while block := source.read(1 << 20):
-        target.write(block)
 
 
 def _next_character(content: bytes, place: int) -> int:

@@ -75,6 +75,7 @@ class FaissIndex:
         if lists is not None:
             lists.nprobe = min(nprobe or lists.nprobe, lists.nlist)
         self._lists = lists
+        self._resources: Any = None  # of a GPU, if the index is on one; they must outlive it
         self.record = replace(
             record or IndexRecord("faiss", metric, self.dim, index.ntotal),
             nprobe=None if lists is None else lists.nprobe,
@@ -182,7 +183,7 @@ class FaissIndex:
                 f"{str(error).rpartition(': ')[2]}; leave it in memory"
             ) from error
         there = copy(self)
-        there._index, there._resources = moved, resources  # the resources must outlive the index
+        there._index, there._resources = moved, resources
         return there
 
     @classmethod

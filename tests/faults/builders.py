@@ -29,6 +29,7 @@ from memlm.index.cluster import ClusterConfig, cluster_store
 from memlm.index.keys import TensorKeys
 from memlm.index.partition import Clusters
 from memlm.index.plan import IndexConfig
+from memlm.memory.knn import KnnMemory
 from memlm.memory.long import LongMemory
 from memlm.memory.saved_state import load_state, save_state
 from memlm.methods.pruning import prune_store
@@ -180,6 +181,14 @@ def extract_codes(path: Path, inputs: Path) -> None:
     )
 
 
+def read_codes(path: Path, inputs: Path) -> Any:
+    values = read_store(path, inputs)
+    store = Datastore.open(path)
+    queries = torch.randn(3, store.dim, generator=torch.Generator().manual_seed(9))
+    found = KnnMemory(store, k=5).index.search(queries, 5)
+    return [values, found.ids.tolist(), found.scores.tolist()]
+
+
 def import_raw(path: Path, inputs: Path) -> None:
     import_datastore(
         inputs / "raw", path, dim=DIM, dtype="float32", index=inputs / "flat.index", shard_rows=200
@@ -290,7 +299,7 @@ def folder(path: Path, inputs: Path) -> None:
 BUILDERS: dict[str, Builder] = {
     "store": Builder(build_store, read_store),
     "extraction": Builder(extract, read_store),
-    "extraction of codes": Builder(extract_codes, read_store),
+    "extraction of codes": Builder(extract_codes, read_codes),
     "import": Builder(import_raw, read_import),
     "index": Builder(index, read_index, alone=True),
     "longer index": Builder(longer_index, read_index, alone=True),

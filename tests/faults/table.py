@@ -4,6 +4,7 @@ The table in docs/datastore.md, between its two marks, counts the faults that we
 builder; every one of them was survived, else nothing is written.
 """
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -47,7 +48,8 @@ def main() -> int:
     if code == 0:
         page = PAGE.read_text(encoding="utf-8")
         before, after = page.split(BEGIN)[0], page.split(END)[1]
-        lines = "\n".join(table(tally.counts))
+        command = shlex.join(["python", "-m", "tests.faults.table", *sys.argv[1:]])
+        lines = "\n".join([f"Counts of `{command}`:", "", *table(tally.counts)])
         PAGE.write_text(f"{before}{BEGIN}\n\n{lines}\n\n{END}{after}", encoding="utf-8")
     return int(code)
 
