@@ -139,6 +139,9 @@ def _reference(query, bank, targets, places, visibility, scale) -> TargetPartial
 
 
 def _chunked(query, bank, targets, places, visibility, scale) -> TargetPartial:
+    if torch.compiler.is_compiling():  # a graph refuses a function that is given a tensor twice
+        bank = Bank(*[field.view_as(field) for field in bank])
+        places = Places(*[field.view_as(field) for field in places])
     return TargetPartial(
         *_ChunkedBank.apply(query, bank.keys, bank, targets, places, visibility, scale)
     )
@@ -202,7 +205,8 @@ def _tile(
 ) -> tuple[Tensor, Tensor] | None:
     """Masked scores and where they are on the target; None if all of it is hidden."""
     visible = visibility(Places(*(field[..., rows] for field in places)), _places(bank, columns))
-    if visible.device.type == "cpu" and not bool(visible.any()):
+    asks = visible.device.type == "cpu" and not torch.compiler.is_compiling()
+    if asks and not bool(visible.any()):
         return None  # half the tiles of a causal rule; elsewhere to ask costs more than to compute
     scores = _scores(query[..., rows, :], bank.keys[..., columns, :], scale)
     scores.masked_fill_(~visible, -torch.inf)

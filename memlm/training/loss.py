@@ -73,7 +73,7 @@ class _HeadLoss(torch.autograd.Function):
                 lse = torch.logsumexp(logits, dim=-1, keepdim=True)
                 own = logits.gather(1, column)
                 loss = lse - own
-                alone += loss[counted].sum()
+                alone += loss[:, 0].masked_fill(~counted, 0).sum()
                 if memory_grads is not None:
                     said, on_target = (part[rows, None] for part in memory)
                     joined = torch.logaddexp(lse, said.to(accumulate))
@@ -84,7 +84,7 @@ class _HeadLoss(torch.autograd.Function):
                     lse, onehot = joined, -torch.exp(own - target)
                 else:
                     onehot = torch.full_like(own, -1.0)
-                total += loss[counted].sum()
+                total += loss[:, 0].masked_fill(~counted, 0).sum()
                 if not needs_hidden and not needs_weight:
                     continue
                 gradient = logits.sub_(lse).exp_()
