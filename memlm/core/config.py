@@ -55,6 +55,13 @@ def check(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def check_at_least(config: Config, least: int, *names: str) -> None:
+    """Raise ``InputError`` unless every field named is None or at least ``least``."""
+    for name in names:
+        value = getattr(config, name)
+        check(value is None or value >= least, f"{name} must be at least {least}, got {value}")
+
+
 def _plain(value: Any) -> Any:
     if isinstance(value, Config):
         return value.to_dict()

@@ -27,7 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from memlm.core.config import Config, check
+from memlm.core.config import Config, check, check_at_least
 from memlm.core.files import checksum, fingerprint, make_folder
 from memlm.core.journal import Journal
 from memlm.core.progress import bar
@@ -70,9 +70,7 @@ class ClusterConfig(Config):
     seed: int = 1
 
     def __post_init__(self):
-        for name in ("clusters", "sample", "iterations"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        check_at_least(self, 1, "clusters", "sample", "iterations")
 
 
 class ClusterPlan(NamedTuple):

@@ -12,7 +12,7 @@ from what was asked is a warning with its numbers.
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from memlm.core.config import Config, check
+from memlm.core.config import Config, check, check_at_least
 from memlm.core.errors import InputError
 from memlm.index.metrics import METRICS, check_choice
 
@@ -95,13 +95,8 @@ class IndexConfig(Config):
             f"memory decides which index is built, got {self.memory} beside "
             f"'{self.factory or self.type}'; leave the type at 'auto'",
         )
-        for name in ("lists", "code_size", "nprobe", "train_size", "recall_k", "memory"):
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
-        check(
-            self.recall_queries >= 0,
-            f"recall_queries must be at least 0, got {self.recall_queries}",
-        )
+        check_at_least(self, 1, "lists", "code_size", "nprobe", "train_size", "recall_k", "memory")
+        check_at_least(self, 0, "recall_queries")
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ a vocabulary of 4,096 and computed by ``parameters``.
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self
 
-from memlm.core.config import Config, check
+from memlm.core.config import Config, check, check_at_least
 from memlm.training.objectives.config import Method, Objective
 
 Preset = Literal["tiny", "small", "base", "demo"]
@@ -105,9 +105,7 @@ class RunConfig(Config):
     seed: int = 1
 
     def __post_init__(self) -> None:
-        for name in _AT_LEAST_ONE:
-            value = getattr(self, name)
-            check(value is None or value >= 1, f"{name} must be at least 1, got {value}")
+        check_at_least(self, 1, *_AT_LEAST_ONE)
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
             check(value >= 0, f"{name} must not be negative, got {value}")
@@ -210,9 +208,7 @@ class TrainConfig(RunConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.objective()  # checks its own part
-        for name in SHAPE:
-            value = getattr(self, name)
-            check(value >= 1, f"{name} must be at least 1, got {value}")
+        check_at_least(self, 1, *SHAPE)
         check(
             self.hidden_size % self.heads == 0 and self.hidden_size // self.heads % 2 == 0,
             "hidden_size must be an even multiple of heads (rotary positions turn pairs), "
