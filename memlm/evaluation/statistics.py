@@ -103,6 +103,11 @@ class Members(NamedTuple):
         Raises:
             InputError: for a memory that has to walk, or two of one kind.
         """
+        check(
+            getattr(memory, "lams", None) is None,
+            "members with weights of their own are normalised apart, so they are tuned one by one; "
+            "got a Together with lams",
+        )
         found: dict[str, Any] = {}
         for member in memory.members if isinstance(memory, Together) else (memory,):
             if isinstance(member, LocalMemory):
