@@ -20,7 +20,7 @@ from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
 from memlm.cli.finetune import Finetune
 from memlm.cli.generate import Generate
-from memlm.cli.imports import Import
+from memlm.cli.imports import Import, Push
 from memlm.cli.index import BuildIndex
 from memlm.cli.passkey import Passkey
 from memlm.cli.positions import Positions
@@ -28,6 +28,7 @@ from memlm.cli.retro import Retro
 from memlm.cli.stream import Stream
 from memlm.cli.sweep import Sweep
 from memlm.cli.train import Train
+from memlm.cli.translate import Translate
 from memlm.cli.verify import Verify
 from memlm.core.errors import MemlmError
 
@@ -42,6 +43,7 @@ _VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "sweep": Sweep,
     "generate": Generate,
+    "translate": Translate,
     "passkey": Passkey,
     "positions": Positions,
     "diagnose": Diagnose,
@@ -51,6 +53,7 @@ _VERBS: dict[str, Any] = {
     "join": Join,
     "stream": Stream,
     "import": Import,
+    "push": Push,
     "verify": Verify,
     "doctor": Doctor,
 }

@@ -108,7 +108,8 @@ def measure_gate(
     return GateFigures(perplexity, saved)
 
 
-class ContextCounts(NamedTuple):
+@dataclass(frozen=True)
+class ContextCounts:
     """Counts of short contexts in a text.
 
     Attributes:

@@ -38,6 +38,7 @@ from memlm.models.middle_cache import MiddleLayer
 from memlm.models.running import EXTENDED
 from memlm.models.taps import body
 from memlm.models.window_file import load_window, save_window
+from memlm.ops.lambda_rule import LambdaConfig
 
 CHUNK, EVERY = 4096, 65_536
 
@@ -278,7 +279,7 @@ class _Run:
         about, state = out / "stream.json", out / "state.safetensors"
         if not about.exists():
             write_json(about, settings)
-        elif (kept := read_json(about)) != settings:
+        elif (kept := _read_settings(about)) != settings:
             raise FingerprintError(
                 f"{out} must hold a run of this model and text ({settings}), got one of "
                 f"{kept}; give another folder"
@@ -304,6 +305,12 @@ class _Run:
         extension = getattr(body(self.model), EXTENDED)
         middle = {} if extension.middle is None else {"middle": extension.middle.to_dict()}
         return {**extension.config.to_dict(), **middle}
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a run; those that did not exist when it began are at their defaults."""
+    kept = read_json(path)
+    return {"text": None, **kept, "window": LambdaConfig.from_dict(kept["window"]).to_dict()}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationMixin, PreTrainedModel
+from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.merges import Merge, Mixture
@@ -33,6 +33,14 @@ class Seq2SeqMemoryConfig(AroundConfig):
     """The configuration of a ``MemoryForSeq2SeqLM``."""
 
     model_type = "memlm_seq2seq"
+
+    def __init__(
+        self,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        base: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ):
+        super().__init__(text_config, base, **kwargs)
 
 
 def attach_seq2seq(

@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 import memlm.models.adaptive.decoder  # noqa: F401  registers its family
 from memlm.core.errors import InputError
@@ -161,6 +161,62 @@ def tiny_model(family: str = "llama", *, seed: int = 0, **settings: Any) -> PreT
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        _spread(model)
+    return model.eval()
+
+
+# encoder-decoders: model_type -> configuration
+PAIR_FAMILIES: dict[str, dict[str, Any]] = {
+    name: {
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "encoder_layers": 2,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 24,
+        "decoder_ffn_dim": 24,
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+        "forced_eos_token_id": None,
+    }
+    for name in ("bart", "marian")
+} | {
+    "t5": {
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "d_kv": 4,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_decoder_layers": 2,
+        "num_heads": 4,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "decoder_start_token_id": 0,
+    }
+}
+
+
+def tiny_translator(family: str = "marian", *, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random encoder-decoder of a family, in evaluation mode, float32, on the CPU.
+
+    Args:
+        family: one of ``PAIR_FAMILIES``.
+        seed: of the weights; the caller's random state is left alone.
+        settings: overrides of the configuration.
+
+    Raises:
+        InputError: for another family.
+    """
+    if family not in PAIR_FAMILIES:
+        raise InputError(f"family must be one of {', '.join(PAIR_FAMILIES)}, got {family!r}")
+    config = AutoConfig.for_model(family, **{**PAIR_FAMILIES[family], **settings})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.float32)
         _spread(model)
     return model.eval()
 

@@ -87,6 +87,16 @@ def test_an_interrupted_run_goes_on(llama, tmp_path):
     assert not list(stream_perplexity(llama, stream(), until=500, out=tmp_path, **settings))
 
 
+def test_a_run_of_before_there_were_more_settings_goes_on(llama, tmp_path):
+    list(stream_perplexity(llama, stream(), until=200, out=tmp_path, every=100))
+    about = tmp_path / "stream.json"
+    kept = json.loads(about.read_text())
+    del kept["text"]
+    about.write_text(json.dumps(kept))
+    (last,) = stream_perplexity(llama, stream(), until=300, out=tmp_path, every=100)
+    assert last.tokens == 300
+
+
 def test_wrong_use_is_refused(llama, tmp_path):
     list(stream_perplexity(llama, stream(50), out=tmp_path))
     reader = Reader(llama)
