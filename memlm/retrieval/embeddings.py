@@ -187,7 +187,7 @@ def plan_embeddings(
     """Embed one batch and say what all would take."""
     size = 4 * len(database) * encoder.dim
     numbers = np.unique(np.linspace(0, len(database) - 1, batch_size).astype(np.int64))
-    chunks = [database.chunk(int(number)) for number in numbers]
+    chunks = database.chunks(numbers)
     encoder.encode(chunks[:1])  # the first call is slow
     begun = time.perf_counter()
     encoder.encode(chunks)
@@ -270,13 +270,13 @@ def embed_chunks(
 
 def _embed(database, encoder, part: Range, batch_size: int, update) -> NDArray[np.float32]:
     numbers = np.arange(part.first, part.end)
-    tokens, valid = database.gather(numbers, database.chunk_size)
-    lengths = valid.sum(1)
+    chunks = database.chunks(numbers)
+    lengths = np.array([len(chunk) for chunk in chunks])
     keys = np.empty((len(numbers), encoder.dim), np.float32)
     order = np.argsort(-lengths, kind="stable")  # the longest first: memory runs out at once
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        keys[rows] = encoder.encode([tokens[row, : lengths[row]] for row in rows]).numpy()
+        keys[rows] = encoder.encode([chunks[row] for row in rows]).numpy()
         update(len(rows))
     bad = np.flatnonzero(~np.isfinite(keys).all(1))
     check(

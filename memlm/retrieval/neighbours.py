@@ -219,7 +219,7 @@ def plan_neighbours(text: ChunkDatabase, retriever: Retriever, *, k: int = 2) ->
     """Look up a few chunks and say what all would take."""
     size = 12 * len(text) * k
     numbers = np.unique(np.linspace(0, len(text) - 1, _SAMPLE).astype(np.int64))
-    chunks = [text.chunk(int(number)) for number in numbers]
+    chunks = text.chunks(numbers)
     begun = time.perf_counter()
     retriever.search(chunks, k)
     seconds = (time.perf_counter() - begun) * len(text) / len(chunks)
@@ -374,8 +374,7 @@ def _lookup(
     same: bool,
 ) -> SearchResult:
     """Neighbours of some chunks; with duplicates to leave out, ask for more until enough stay."""
-    tokens, valid = text.gather(rows, text.chunk_size)
-    chunks = [row[: int(count)] for row, count in zip(tokens, valid.sum(1), strict=True)]
+    chunks = text.chunks(rows)
     exclusion = own_documents(text, rows) if same else None
     if near_duplicates is None:
         return retriever.search(chunks, k, exclusion)
