@@ -7,14 +7,12 @@ documents; then two encoders of one size read the same blocks with the same mask
     tupe-r    positions scored apart, [CLS] untied, and the buckets          (Ke et al. 2021)
 
 Shown are their losses on masked tokens of held-out documents, words that they put into blanks, what
-their heads do by position alone, and how well they tell, once fine-tuned, which part of the text a
-held-out sentence is from: against the commonest part, and against an encoder that was not
-pre-trained. One seed each, so small differences are luck.
+their heads do by position alone, and how well they tell, once fine-tuned, whether the words of a
+held-out sentence were shuffled, as in half of them: against guessing, and against an encoder that
+was not pre-trained. One seed each, so small differences are luck.
 """
 
 import copy
-import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,12 +38,12 @@ from memlm.training.sentence_tokenizer import train_sentence_tokenizer
 
 SCHEMES = ("bert-r", "tupe-r")
 VOCABULARY, LENGTH, BATCH = 2048, 128, 1024
-CLASSES, SAMPLES, FEWEST = 6, 300, 8  # parts of the text; sentences to learn each from, to test on
-EPOCHS, RATE = 4, 1e-3
+SAMPLES, TESTED, EPOCHS, RATE = 2000, 500, 3, 1e-3  # of fine-tuning
+FRESH = "tupe-r, not pre-trained"
+SHORTEST, LONGEST = 6, 40  # words of its sentences
 BLANKS, WORDS = 5, (8, 16)  # sentences with a blank, and how long they may be
 
 Say = Callable[[str], None]
-Labelled = list[tuple[str, str]]
 
 
 class Blank(NamedTuple):
@@ -72,9 +70,8 @@ class TupeDemo(NamedTuple):
         steps: alike.
         labels: by scheme, what every head does by position alone.
         blanks: filled by both.
-        parts: of the text, told apart after fine-tuning; empty if there were too few.
-        accuracies: of telling them apart on held-out sentences: by scheme, "not pre-trained", and
-            "commonest part"; empty likewise.
+        accuracies: of telling shuffled held-out sentences, by scheme, and of a TUPE-R that was not
+            pre-trained; empty if there were no sentences for it.
     """
 
     models: dict[str, TupeForMaskedLM]
@@ -83,7 +80,6 @@ class TupeDemo(NamedTuple):
     steps: int
     labels: dict[str, tuple[str, ...]]
     blanks: list[Blank]
-    parts: tuple[str, ...]
     accuracies: dict[str, float]
 
     def describe(self) -> str:
@@ -103,8 +99,8 @@ class TupeDemo(NamedTuple):
             if blank.word:
                 lines.append(f"  it was: {blank.word}")
         if self.accuracies:
-            lines += ["", f"which part is a held-out sentence from: {', '.join(self.parts)}?"]
-            lines += [f"  {name:<16}{value:>7.1%}" for name, value in self.accuracies.items()]
+            lines += ["", "a held-out sentence, or its words shuffled? (right answers)"]
+            lines += [f"  {name:<24}{value:>7.1%}" for name, value in self.accuracies.items()]
         return "\n".join(lines)
 
 
@@ -123,7 +119,7 @@ def demo(
 
     Args:
         out: directory of models, picture and results.
-        train_documents: to learn from; the first part of their names says what part they are of.
+        train_documents: to learn from.
         test_documents: held out.
         seconds: of the first pre-training; the second takes as many steps.
         prompt: a sentence with ``<mask>`` for a word, to fill beside held-out ones.
@@ -140,11 +136,11 @@ def demo(
         f"the prompt must hold <mask> once, for the word to fill in, got {prompt!r}",
     )
     learnt, held = sentences(train_documents), sentences(test_documents)
-    seen = {text for _, text in learnt}
-    held = [(part, text) for part, text in held if text not in seen]
+    seen = set(learnt)
+    held = [sentence for sentence in held if sentence not in seen]
     check(bool(learnt and held), "the text must have sentences to learn and to hold out, got none")
-    tokenizer = train_sentence_tokenizer((text for _, text in learnt), VOCABULARY)
-    tokens = [tokenize_sentences((text for _, text in part), tokenizer) for part in (learnt, held)]
+    tokenizer = train_sentence_tokenizer(learnt, VOCABULARY)
+    tokens = [tokenize_sentences(part, tokenizer) for part in (learnt, held)]
     say(f"{len(learnt):,} sentences to learn from, {len(held):,} held out")
     settings: dict[str, Any] = {
         "block_length": LENGTH,
@@ -176,7 +172,7 @@ def demo(
         say(f"drawn: {picture}")
     except MissingExtraError as error:
         say(str(error))
-    parts, accuracies = tell_apart(models, tokenizer, learnt, held, out / "parts", threads, say)
+    accuracies = tell_shuffled(models, tokenizer, learnt, held, out / "order", threads, say)
     found = TupeDemo(
         models,
         losses,
@@ -184,7 +180,6 @@ def demo(
         run["steps"],
         {name: one.labels for name, one in maps.items()},
         blanks,
-        parts,
         accuracies,
     )
     write_json(
@@ -195,31 +190,29 @@ def demo(
     return found
 
 
-def sentences(documents: Iterable[Document]) -> Labelled:
-    """Clean sentences, each with the part of the text it is from.
-
-    The part is a document's name up to the first dot or slash: a module, a folder.
-    """
-    return [
-        (re.split(r"[./]", document.name)[0], sentence)
-        for document in documents
-        for paragraph in prepare([document.text])
-        for sentence in paragraph
-    ]
+def sentences(documents: Iterable[Document]) -> list[str]:
+    """Clean sentences, each once."""
+    paragraphs = prepare(document.text for document in documents)
+    return list(dict.fromkeys(sentence for paragraph in paragraphs for sentence in paragraph))
 
 
 @torch.inference_mode()
 def fill(
     models: dict[str, TupeForMaskedLM],
     tokenizer: PreTrainedTokenizerBase,
-    held: Labelled,
+    held: list[str],
     prompt: str | None,
 ) -> list[Blank]:
     """The middle word of some held-out sentences, and the blank of the prompt, as guessed."""
     blanks = [] if prompt is None else [(prompt, "")]
-    fitting = [words for _, text in held if WORDS[0] <= len(words := text.split()) <= WORDS[1]]
+    fitting = [
+        words
+        for text in held
+        if WORDS[0] <= len(words := text.removesuffix(" .").split()) <= WORDS[1]
+        and all(map(str.isalpha, words))
+    ]
     for number in np.linspace(0, len(fitting) - 1, min(BLANKS, len(fitting))).astype(int):
-        words = fitting[number]
+        words = [*fitting[number], "."]
         middle = len(words) // 2
         blanks.append((" ".join([*words[:middle], "<mask>", *words[middle + 1 :]]), words[middle]))
     found = []
@@ -237,37 +230,21 @@ def fill(
     return found
 
 
-def tell_apart(
+def tell_shuffled(
     models: dict[str, TupeForMaskedLM],
     tokenizer: PreTrainedTokenizerBase,
-    learnt: Labelled,
-    held: Labelled,
+    learnt: list[str],
+    held: list[str],
     out: Path,
     threads: int | None,
     say: Say,
-) -> tuple[tuple[str, ...], dict[str, float]]:
-    """Fine-tune to the parts with the most sentences; the accuracy on held-out ones.
-
-    Sentences that stand in several parts are left out.
-    """
-    known = Counter(part for part, _ in learnt)
-    tested = Counter(part for part, _ in held)
-    common = [part for part, count in known.most_common() if count >= FEWEST <= tested[part]]
-    parts = tuple(common[:CLASSES])
-    if len(parts) < 2:
-        say(f"fewer than two parts of the text have {FEWEST} held-out sentences: no fine-tuning")
-        return (), {}
-    parts_of = Counter(text for _, text in {*learnt, *held})
-    rows: dict[str, list[dict[str, str]]] = {}
-    taken: Counter[str] = Counter()
-    for split, labelled in (("train", learnt), ("validation", held)):
-        rows[split] = []
-        for part, text in labelled:
-            limited = split == "train" and taken[part] >= SAMPLES
-            if part in parts and parts_of[text] == 1 and not limited:
-                taken[part] += 1
-                rows[split].append({"sentence": text, "label": part})
-    task = GlueTask("parts", ("sentence",), (0,), 1, parts)
+) -> dict[str, float]:
+    """Fine-tune to tell sentences whose words are shuffled; accuracy on held-out ones."""
+    rows = {"train": shuffled(learnt, SAMPLES), "validation": shuffled(held, TESTED)}
+    if not all(rows.values()):
+        say(f"no sentences of {SHORTEST} words to shuffle: no fine-tuning")
+        return {}
+    task = GlueTask("order", ("sentence",), (0,), 1, ("as it was", "shuffled"))
     config = FinetuneConfig(
         task=task.name,
         learning_rates=(RATE,),
@@ -276,9 +253,8 @@ def tell_apart(
         max_length=LENGTH,
         threads=threads,
     )
-    say(f"fine-tuning on {len(rows['train']):,} sentences of {len(parts)} parts")
     accuracies = {}
-    for name in (*models, "not pre-trained"):
+    for name in (*models, FRESH):
         source = models.get(name)
 
         def make(labels: int, source: TupeForMaskedLM | None = source):
@@ -290,8 +266,21 @@ def tell_apart(
                 classifier.tupe.load_state_dict(source.tupe.state_dict())
             return classifier
 
+        say(f"fine-tuning on {len(rows['train']):,} sentences: {name}")
         table = finetune(make, tokenizer, rows, config, out / name, task=task, quiet=True)
         accuracies[name] = table["best"]["validation accuracy"]
-    largest = Counter(row["label"] for row in rows["validation"]).most_common(1)[0][1]
-    accuracies["commonest part"] = largest / len(rows["validation"])
-    return parts, accuracies
+    return accuracies
+
+
+def shuffled(texts: list[str], most: int) -> list[dict[str, str]]:
+    """Sentences with their label; in every second one the words but the last are shuffled."""
+    draw = np.random.default_rng(0)
+    fitting = [words for text in texts if SHORTEST <= len(words := text.split()) <= LONGEST]
+    rows = []
+    for number, place in enumerate(draw.permutation(len(fitting))[:most]):
+        *words, last = fitting[place]
+        if number % 2:
+            words = [words[i] for i in draw.permutation(len(words))]
+        label = "shuffled" if number % 2 else "as it was"
+        rows.append({"sentence": " ".join([*words, last]), "label": label})
+    return rows

@@ -6,7 +6,7 @@ import pytest
 
 from memlm.core.errors import InputError
 from memlm.data.documents import Document
-from memlm.methods.tupe_demo import SCHEMES, demo, sentences
+from memlm.methods.tupe_demo import FRESH, SCHEMES, demo, shuffled
 
 SMALL = {
     "layers": 1, "hidden_size": 16, "heads": 2, "intermediate_size": 16, "batch_tokens": 256,
@@ -40,23 +40,33 @@ def test_the_whole_way(tmp_path):
     assert found.blanks[0].sentence == "the <mask> ships were seen"
     assert all(len(words) == 3 for words in found.blanks[0].guesses.values())
     assert all(blank.word and blank.word not in blank.sentence for blank in found.blanks[1:2])
-    assert set(found.parts) == {"sea", "land"}
-    assert found.accuracies["commonest part"] == 0.5
-    assert set(found.accuracies) == {*SCHEMES, "not pre-trained", "commonest part"}
+    assert set(found.accuracies) == {*SCHEMES, FRESH}
     assert all(0 <= value <= 1 for value in found.accuracies.values())
     assert (tmp_path / "tupe-r.png").stat().st_size > 1000
     text = found.describe()
     assert f"{found.tokens:,} masked tokens in {found.steps:,} steps" in text
-    assert "which part is a held-out sentence from: " in text
+    assert "words shuffled" in text
     assert json.loads((tmp_path / "results.json").read_text())["losses"] == found.losses
     again = run(tmp_path)
     assert (again.losses, again.accuracies) == (found.losses, found.accuracies)
 
 
-def test_text_of_one_part_is_not_told_apart(tmp_path):
-    found = run(tmp_path, test=TEST[:1])
-    assert (found.parts, found.accuracies) == ((), {})
-    assert "held-out sentence" not in found.describe()
+def test_short_sentences_are_not_shuffled(tmp_path):
+    word = "tremendously" * 3
+    found = run(tmp_path, test=[Document("short", f"{word} {word} {word}.")])
+    assert found.accuracies == {}
+    assert "shuffled" not in found.describe()
+
+
+def test_every_second_sentence_is_shuffled():
+    texts = [f"one two three four five six seven eight n{number} ." for number in range(20)]
+    rows = shuffled(texts, 10)
+    assert [row["label"] for row in rows] == ["as it was", "shuffled"] * 5
+    for row in rows:
+        assert (row["sentence"] in texts) == (row["label"] == "as it was")
+        assert sorted(row["sentence"].split()) in [sorted(text.split()) for text in texts]
+        assert row["sentence"].endswith(" .")
+    assert shuffled(["too few words"], 10) == []
 
 
 def test_what_is_refused(tmp_path):
@@ -64,10 +74,3 @@ def test_what_is_refused(tmp_path):
         run(tmp_path, "no blank at all")
     with pytest.raises(InputError, match="must have sentences to learn and to hold out"):
         run(tmp_path, test=TRAIN)
-
-
-def test_the_part_of_a_sentence_is_the_beginning_of_its_name():
-    assert {part for part, _ in sentences([TRAIN[0], Document("land/a.txt", TRAIN[0].text)])} == {
-        "sea",
-        "land",
-    }
