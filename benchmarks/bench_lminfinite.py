@@ -4,7 +4,9 @@
 training and on novels, at 512 to 32768 tokens, by every method; the last tokens of each piece are
 the same at all lengths. ``--part stream``: one million tokens of novels. ``--part speed``: prefill
 over the same model's plain window and over its own causal attention, in pairs; a decoding step on
-the ring over one that joins, rotates and cuts all held keys, and against the position.
+the ring over one that joins, rotates and cuts all held keys, and against the position. ``--part
+compiled``: one layer's attention by compiled FlexAttention over what is used instead: tiles, and
+blocks where there is a soft-cap or padding; and what the first call takes.
 """
 
 import argparse
@@ -12,6 +14,7 @@ import copy
 import json
 import lzma
 from dataclasses import asdict
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -212,6 +215,40 @@ def step(model: Any) -> dict[str, Any]:
         )
 
 
+def compiled(options: argparse.Namespace) -> None:
+    """One layer of 4 heads x 64, window 1024, 10 sinks."""
+    config, dim = LambdaConfig(window=1024, sinks=10, distance_limit=1024), 64
+    steps = 10_000.0 ** -(torch.arange(dim // 2) / (dim // 2))
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angles = positions[:, None, :, None] * steps
+        first, second = x.chunk(2, dim=-1)
+        cos, sin = angles.cos(), angles.sin()
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+    result: dict[str, Any] = {"heads": 4, "head_dim": dim, "window": 1024, "sinks": 10}
+    cases = {"plain": {}, "soft-cap": {"softcap": 30.0}, "padding": {}}
+    for name, extra in cases.items():
+        for length in (4096, 16_384):
+            places = torch.arange(length)[None]
+            if name == "padding":
+                places = torch.cat([places[:, :1] - 1, places[:, :-1]], dim=1)
+            parts = [torch.randn(1, 4, length, dim) for _ in range(3)]
+            keys = Keys(parts[1], parts[2], places)
+            sinks = first_keys(keys, 10)
+            attend = partial(
+                window_attention, parts[0], places, keys, sinks, config, rotate=rotate, **extra
+            )
+            with torch.inference_mode():
+                first = seconds(partial(attend, impl="flex"))
+                timed = paired(
+                    partial(attend, impl="flex"), attend, rounds=5 if length < 8192 else 3
+                )
+            result[f"{name}_{length}"] = {"first_call_seconds": first, "flex_over_auto": timed}
+            print(name, length, f"{first:.1f} s at first,", f"{timed['ratio']:.2f}", flush=True)
+    save("lminfinite_compiled", result)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, help="folder of corpora and models")
@@ -224,7 +261,7 @@ def main() -> None:
     parser.add_argument("--pieces", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=1_000_000)
     options = parser.parse_args()
-    parts = {"lengths": lengths, "stream": stream, "speed": speed}
+    parts = {"lengths": lengths, "stream": stream, "speed": speed, "compiled": compiled}
     with torch_threads(options.threads):
         for name in options.part:
             parts[name](options)

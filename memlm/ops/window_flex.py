@@ -13,9 +13,9 @@ Sinks are scored with another rotation of the query than local keys. There are t
     on CPUs    one softmax over queries and keys of double width, since the compiled kernel returns
                no log-sum-exps there: query [near | far], local key [key | 0], sink [0 | key]
 
-Positions are relative to the window of at most 4096 queries. The kernel is compiled when it is
-first called, which takes seconds; where that fails, ``flex`` gives None and says so no more. On
-CPUs it has no gradient.
+Positions are relative to the window of at most 4096 queries. The kernel is compiled once for every
+shape (symbolic ones fail on CPUs), which takes seconds, so shapes are rounded up to few. Where it
+cannot be compiled ``flex`` gives None, and it is not tried again. On CPUs it has no gradient.
 """
 
 import functools
@@ -32,6 +32,7 @@ from memlm.ops.parts import Part, union_of_parts
 _QUERIES = 4096  # of one call; bounds what is held besides inputs and outputs
 _BLOCK = 128
 _NEVER = 2**30
+_SHAPES = 64  # compiled at most
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -52,7 +53,9 @@ class _Columns(NamedTuple):
 
 def can_flex(query: Tensor, keys: Keys, scores: Scores, other: Part | None) -> bool:
     """Whether ``flex`` computes this call, if it compiles; arguments as in ``window_attention``."""
-    if query.dtype not in _DTYPES or not query.dtype == keys.key.dtype == keys.value.dtype:
+    if query.shape[2] == 0 or query.dtype not in _DTYPES:
+        return False
+    if not query.dtype == keys.key.dtype == keys.value.dtype:
         return False
     if query.is_cuda:
         return True
@@ -184,7 +187,10 @@ def _attend(
     from torch.nn.attention.flex_attention import AuxRequest, BlockMask
 
     count = query.shape[2]
-    fill, more = -count % _BLOCK, -key.shape[2] % _BLOCK if key.shape[2] else _BLOCK
+    # powers of two, so that few shapes are compiled; columns that are filled up cost no work
+    rows = _power_of_two(max(count, _BLOCK))
+    fill = rows - count
+    more = _power_of_two(max(key.shape[2], 2 * rows)) - key.shape[2]
     query = functional.pad(query, (0, 0, 0, fill))
     key, value = (functional.pad(part, (0, 0, 0, more)) for part in (key, value))
     own = functional.pad(own, (0, fill), value=-1).int()
@@ -247,6 +253,11 @@ def _blocks(own: Tensor, columns: _Columns) -> tuple[Tensor, Tensor]:
     return some, whole
 
 
+def _power_of_two(count: int) -> int:
+    """The lowest that is at least ``count``."""
+    return 1 << (count - 1).bit_length()
+
+
 def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many column blocks a query block sees, and which: those first."""
     order = blocks.int().argsort(dim=-1, descending=True, stable=True)
@@ -264,16 +275,18 @@ class _Compiled:
         from torch.nn.attention.flex_attention import flex_attention
 
         # without ``fullgraph`` it would fall back, in silence, to holding all scores
-        return torch.compile(flex_attention, fullgraph=True)
+        return torch.compile(flex_attention, fullgraph=True, dynamic=False)
 
     def run(self, *args: Any, **kwargs: Any) -> Any | None:
         """What the kernel gives; None if it cannot be compiled."""
         if not self.works:
             return None
+        from torch._dynamo import config
         from torch._dynamo.exc import TorchDynamoException
 
         try:
-            return self.kernel(*args, **kwargs)
+            with config.patch(recompile_limit=_SHAPES):
+                return self.kernel(*args, **kwargs)
         except TorchDynamoException:
             self.works = False
             return None

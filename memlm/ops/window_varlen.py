@@ -43,6 +43,7 @@ def can_varlen(query: Tensor, positions: Tensor, keys: Keys, scores: Scores) -> 
     """Whether ``varlen`` computes this call; arguments as in ``window_attention``."""
     if (
         not query.is_cuda
+        or query.shape[2] == 0
         or torch.version.hip is not None
         or kernel() is None
         or torch.cuda.get_device_capability(query.device) < (8, 0)

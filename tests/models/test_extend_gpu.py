@@ -9,7 +9,7 @@ from torch.testing import assert_close
 from memlm.models.extend import extend_context, extended
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 SETTINGS = {"window": 64, "sinks": 4}
 
 

@@ -21,6 +21,8 @@ from memlm.ops.window_attention import window_attention
 SLOPES = torch.tensor([0.5, 0.25, 0.1, 0.0])
 EXTRAS = {"rope": {}, "alibi": {"slopes": SLOPES}, "softcap": {"softcap": 1.5}}
 plain = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+# torch warns about itself when its compiler is first imported
+compiling = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
@@ -188,6 +190,7 @@ def test_what_cannot_be_packed():
         )
 
 
+@compiling
 @pytest.mark.filterwarnings("ignore:dynamo_pgo force disabled")
 def test_where_nothing_can_be_compiled_blocks_serve(monkeypatch):
     """No compiler: a failure is met once, remembered, and does not reach the caller."""
@@ -208,19 +211,21 @@ def test_where_nothing_can_be_compiled_blocks_serve(monkeypatch):
 
 
 @pytest.mark.slow
+@compiling
 @pytest.mark.parametrize("extra", EXTRAS)
 def test_compiled_flex_is_the_reference(extra):
-    """Grouped keys, padding, no sinks, one token of window: one kernel for all lengths."""
+    """Grouped keys, padding, one token of window, many sinks, none: few shapes for all lengths."""
     torch._dynamo.reset()
     for (length, short), config in [
         ((300, 170), LambdaConfig(100, 10, 100)),
-        ((700, 20), LambdaConfig(100, 10, 50)),
-        ((500, 333), LambdaConfig(64, 0)),
+        ((500, 20), LambdaConfig(100, 10, 50)),
         ((400, 150), LambdaConfig(1, 3, 1)),
-        ((256, 256), LambdaConfig(1000, 200, 1000)),
-        ((1000, 999), LambdaConfig(100, 10, None, "streaming")),
-    ]:
+        ((260, 260), LambdaConfig(1000, 200, 1000)),
+        ((450, 449), LambdaConfig(100, 10, None, "streaming")),
+        ((333, 333), LambdaConfig(64, 0)),
+    ][: 6 if extra == "rope" else 3]:
         near(*both("flex", rows(length, short, columns=length), config, extra=extra))
-        near(*both("flex", rows(length, short, columns=length), config, extra=extra, new=150))
+    config = LambdaConfig(100, 10, 100)
+    near(*both("flex", rows(500, 400, columns=500), config, extra=extra, new=150))
     assert window_flex._COMPILED.works
     torch._dynamo.reset()

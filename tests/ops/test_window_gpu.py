@@ -11,7 +11,7 @@ from memlm.ops.parts import Part
 from memlm.ops.window_attention import window_attention
 from memlm.ops.window_varlen import can_varlen, kernel
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 DIM = 64
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 5e-3, torch.bfloat16: 3e-2}
 CONFIGS = [
