@@ -34,6 +34,8 @@ from memlm.memory.knn import KnnMemory
 from memlm.store.reader import Datastore
 
 QUERIES = 500
+PAGE = Path(__file__).parents[1] / "docs" / "datastore.md"
+BEGIN, END = "<!-- small store: begin -->", "<!-- small store: end -->"
 
 
 def bytes_of(store: Datastore) -> int:
@@ -52,6 +54,40 @@ def mass(exact: KnnMemory, small: KnnMemory, queries: torch.Tensor) -> tuple[flo
         ]
     )
     return float(hits.float().mean()), float((weights * hits).sum(1).mean())
+
+
+def write_table(value: dict) -> None:
+    """Put the result into the documentation, between its two marks."""
+    rows = [
+        ["store", "nprobe", "bytes", "smaller by", "recall", "mass", "perplexity"],
+        ["---", *["---:"] * 6],
+        ["model alone", *["-"] * 5, f"{value['base_perplexity']:.2f}"],
+        ["whole keys", "exact", f"{value['full_bytes']:,}", "1", "1", "1"],
+    ]
+    rows[-1].append(f"{value['exact_perplexity']:.2f}")
+    for case in value["cases"]:
+        rows.append(
+            [
+                f"{case['code_size']} bytes a key ({case['type']})",
+                str(case["nprobe"]),
+                f"{case['bytes']:,}",
+                f"{case['smaller_by']:.1f}",
+                f"{case['recall']:.3f}",
+                f"{case['mass']:.3f}",
+                f"{case['perplexity']:.2f}",
+            ]
+        )
+    chosen = value["chosen"]
+    about = (
+        f"{value['entries']:,} entries of {value['dim']} dimensions, {value['lists']} lists, "
+        f"{value['queries']} queries for recall and mass; k = {chosen['k']:,}, lam = "
+        f"{chosen['lam']:g} and temperature {chosen['temperature']:.3g} chosen with exact search:"
+    )
+    lines = [about, "", *(f"| {' | '.join(row)} |" for row in rows)]
+    page = PAGE.read_text(encoding="utf-8")
+    before, after = page.split(BEGIN)[0], page.split(END)[1]
+    text = "\n".join(lines)
+    PAGE.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}", encoding="utf-8")
 
 
 def main():
@@ -146,6 +182,7 @@ def main():
             "cases": cases,
         }
     save("small_store", value)
+    write_table(value)
 
 
 if __name__ == "__main__":

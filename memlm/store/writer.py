@@ -14,16 +14,10 @@ Bytes depend on identity, plan and entries alone. Times, hosts and versions go t
 """
 
 import contextlib
-import os
-import platform
 import shutil
-import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Self
 
@@ -42,6 +36,7 @@ from memlm.core.files import (
     write_atomic,
 )
 from memlm.core.journal import Journal
+from memlm.store.build_log import note
 from memlm.store.directory import (
     LOCKS,
     lock,
@@ -59,7 +54,6 @@ from memlm.store.entries import (
     stored_keys,
 )
 from memlm.store.manifest import (
-    BUILD_LOG,
     JOURNAL,
     Identity,
     Manifest,
@@ -88,7 +82,6 @@ class StoreWriter:
         self.path = path
         self.manifest = manifest
         self._journal = Journal(path / JOURNAL)
-        self._log = Journal(path / BUILD_LOG)
 
     @classmethod
     def open(
@@ -136,7 +129,7 @@ class StoreWriter:
         if manifest.complete:
             writer._tidy()
         else:
-            writer._note("open", pending=len(writer.pending()))
+            note(writer.path, "open", pending=len(writer.pending()))
         return writer
 
     @property
@@ -270,7 +263,7 @@ class StoreWriter:
         for name, content in zip(names, tensors, strict=True):
             sizes[name], checksums[name] = self._put(name, content)
         self._journal.append(ShardRecord(number, planned.rows, sizes, checksums).to_dict())
-        self._note("range", number=number, rows=planned.rows)
+        note(self.path, "range", number=number, rows=planned.rows)
 
     def adopt(
         self,
@@ -314,7 +307,7 @@ class StoreWriter:
                 link_or_copy(store.path / old, self.path / name)
                 sizes[name], checksums[name] = theirs.sizes[old], theirs.checksums[old]
         self._journal.append(ShardRecord(number, theirs.rows, sizes, checksums).to_dict())
-        self._note("range", number=number, rows=theirs.rows)
+        note(self.path, "range", number=number, rows=theirs.rows)
 
     def finalize(self) -> Datastore:
         """Turn the finished ranges into a complete store and open it.
@@ -361,7 +354,7 @@ class StoreWriter:
             manifest = replace(manifest, shards=shards, complete=True)
             remove_temporaries(self.path)
             write_manifest(self.path, manifest)
-            self._note("finalize", entries=len(manifest))
+            note(self.path, "finalize", entries=len(manifest))
         self.manifest = manifest
 
     def _tidy(self) -> None:
@@ -402,18 +395,6 @@ class StoreWriter:
         check(
             0 <= number < len(self.manifest.ranges),
             f"a range must lie between 0 and {len(self.manifest.ranges) - 1}, got {number}",
-        )
-
-    def _note(self, event: str, **details: Any) -> None:
-        self._log.append(
-            {
-                "event": event,
-                **details,
-                "time": datetime.now(UTC).isoformat(timespec="seconds"),
-                "host": socket.gethostname(),
-                "process": os.getpid(),
-                **_versions(),
-            }
         )
 
 
@@ -550,12 +531,3 @@ def _check_same_keys(store: Datastore, keys: Column) -> None:
                 f"{store.path} holds a complete datastore of other keys; open it, or choose "
                 "another directory"
             )
-
-
-@lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("memlm", "torch", "safetensors"):
-        with contextlib.suppress(PackageNotFoundError):  # memlm run from a folder has no version
-            found[name] = version(name)
-    return found
