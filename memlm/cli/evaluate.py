@@ -42,9 +42,9 @@ knn-transformers: 1024); several: compare them."""
 before TEXT is scored; memlm sweep tries more."""
     method: Literal["knn", "retomaton", "trime", "cache"] | None = None  # type: ignore[assignment]
     """knn: search the --store at every token (kNN-LM), the default if there is one; retomaton: \
-follow its pointers and search when they run out; trime: what was read before in this window, with \
---long also in those before, with --store also a datastore of metric ip, all under the model's \
-softmax; cache: the text read before, mixed in (continuous cache)."""
+follow its pointers and search when they run out; trime: what was read before in this window \
+(local memory), with --long also in those before, with --store also a datastore of metric ip, all \
+under the model's softmax; cache: the text read before, mixed in (continuous cache)."""
     carry: Literal["document", "window"] | None = None
     """What was read goes on to the end of a document (default for retomaton), or begins empty in \
 each window, but for the long-term memory (default for trime and cache)."""
