@@ -161,6 +161,18 @@ def test_all_of_them_are_the_kept_middle(llama):
         assert_close(ours, theirs, rtol=1e-3, atol=1e-4 * float(theirs.abs().max()))
 
 
+@pytest.mark.parametrize("middle", [KINDS[0], KINDS[2]], ids=name)
+def test_gradients_pass_through_a_cache(llama, middle):
+    tokens, gradients = tiny_tokens(2, 40), []
+    extend_context(llama, **SETTINGS, middle=middle)
+    for use_cache in (False, True):
+        llama.zero_grad()
+        llama(tokens, labels=tokens, use_cache=use_cache).loss.backward()
+        gradients.append([weight.grad.clone() for weight in llama.parameters()])
+    for cached, plain in zip(*gradients, strict=True):
+        assert_close(cached, plain, rtol=1e-3, atol=1e-4 * float(plain.abs().max()))
+
+
 @pytest.mark.parametrize("middle", KINDS, ids=name)
 def test_later_tokens_change_nothing_before(llama, middle):
     tokens = tiny_tokens(1, LENGTH)
