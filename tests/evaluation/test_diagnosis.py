@@ -16,10 +16,8 @@ from memlm.evaluation.diagnosis_plot import draw_diagnosis
 from memlm.evaluation.recommend import RecommendConfig, Setting, choose, recommend
 from memlm.evaluation.report import plain
 from memlm.models.extend import is_extended
+from memlm.models.extend_families import FAMILIES
 from memlm.testing.tiny import tiny_model, tiny_tokens
-
-# families of each kind that gives its probabilities away
-FAMILIES = ("llama", "gemma2", "gpt_neox", "cohere2", "gptj", "bloom", "mpt", "falcon")
 
 
 def scores(model, tokens, queries):
