@@ -144,6 +144,6 @@ def threshold_at(log_weights: Tensor, share: float) -> float:
     """
     check(0 <= share <= 1, f"a share must lie between 0 and 1, got {share}")
     check(len(log_weights) > 0, "a threshold needs at least one query, got none")
-    ordered = log_weights[:, 0].sort().values
+    ordered = log_weights[:, 0].detach().sort().values
     place = int(len(ordered) * (1 - share))
     return float(ordered[place]) if place < len(ordered) else float("inf")
