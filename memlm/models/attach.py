@@ -221,12 +221,14 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             kwargs["logits_to_keep"] = logits_to_keep
         state, walks = self._state(input_ids, past_key_values, use_cache)
         kept = places(logits_to_keep, input_ids.shape[1]) if walks else []  # type: ignore[union-attr]
+        # the base model may carry something of its own on the cache inside
+        carried = isinstance(past_key_values, MemoryCache)
 
         with capture(self.base, self.tap) as seen:
             output = self.base(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
+                past_key_values=past_key_values.inner if carried else past_key_values,
                 use_cache=use_cache,
                 return_dict=True,
                 **kwargs,
@@ -247,7 +249,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                     kept,
                     state,
                 )
-                values["past_key_values"] = self._carry(output.past_key_values, state, len(states))
+                cache = past_key_values if carried else output.past_key_values
+                values["past_key_values"] = self._carry(cache, state, len(states))
             else:
                 logits = self._merge_all(
                     self.merge, self.memory, logits, states, valid, logits_to_keep
@@ -360,9 +363,18 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        retriever: Any = None,
+        retrieval_step: int | None = None,
+        chunk_offset: Tensor | None = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The base model's own, plus what padding is where it turns the mask into another form."""
+        """The base model's own, plus what padding is where it turns the mask into another form.
+
+        The three arguments before the last are for base models that read neighbours.
+        """
+        if retriever is not None:
+            kwargs |= {"retriever": retriever, "retrieval_step": retrieval_step}
+            kwargs["chunk_offset"] = chunk_offset
         inputs = self.base.prepare_inputs_for_generation(
             input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
         )
@@ -376,7 +388,8 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
     def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """As on any model; right padding is moved to the left first, where decoders need it.
 
-        A row then comes back as padding, prompt, continuation.
+        A row then comes back as padding, prompt, continuation. A base model that reads neighbours
+        also takes what its own ``generate`` takes for them.
         """
         tokens = kwargs.pop("input_ids", None) if inputs is None else inputs
         mask = kwargs.get("attention_mask")
@@ -390,6 +403,11 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
             mask, order = mask.sort(dim=1, stable=True)
             tokens = tokens.gather(1, order.to(tokens.device))
             kwargs["attention_mask"] = mask
+        if (arguments := getattr(self.base, "retrieval_arguments", None)) is not None:
+            names = ("retriever", "retrieval_step", "align")
+            asked = {name: kwargs.pop(name) for name in names if name in kwargs}
+            padding = kwargs.get("pad_token_id", self.generation_config.pad_token_id)
+            kwargs |= arguments(tokens, **asked, mask=mask, padding=padding)
         generate = super().generate  # type: ignore[misc]
         return generate(tokens, *args, **kwargs)
 

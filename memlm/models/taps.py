@@ -53,6 +53,7 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "m2m_100": ("layers", "fc1"),
     "marian": ("layers", "fc1"),
     "mbart": ("layers", "fc1"),
+    "memlm_retro": ("layers", "feed.inner"),
     "mistral": _LLAMA,
     "mixtral": _LLAMA,
     "olmo": _LLAMA,

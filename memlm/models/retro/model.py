@@ -147,7 +147,7 @@ class RetroModel(RetroPreTrainedModel):
                 (`memlm.models.retro.grid`); default 0.
             retrieval_step: tokens between chunk ends; default the chunk size.
             inputs_embeds: ``(batch, time, width of the table)`` instead of ``input_ids``.
-            past_key_values: a `RetroCache`.
+            past_key_values: a `RetroCache`, or an empty cache.
             use_cache: make one, outside training.
             output_hidden_states: also return the input of every layer and the final states.
 
@@ -218,10 +218,13 @@ class RetroModel(RetroPreTrainedModel):
         return self.embed_tokens(input_ids)
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> RetroCache | None:
-        check(
-            given is None or isinstance(given, RetroCache),
-            f"past_key_values must be a RetroCache, got {type(given).__name__}",
-        )
+        if given is not None and not isinstance(given, RetroCache):
+            check(
+                not given.get_seq_length(),
+                "past_key_values must be a RetroCache or empty, got a "
+                f"{type(given).__name__} of {given.get_seq_length()} positions",
+            )
+            return RetroCache(given)
         wanted = self.config.use_cache if use_cache is None else use_cache
         if given is None and wanted and not self.training:
             return RetroCache()

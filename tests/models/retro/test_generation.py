@@ -132,8 +132,10 @@ def test_chunks_of_a_padded_packed_row():
 def test_refusals():
     model = small_model()
     tokens, neighbours, _ = made_up(1, 6)
-    with pytest.raises(InputError, match="past_key_values must be a RetroCache"):
-        model(tokens, past_key_values=DynamicCache())
+    foreign = DynamicCache()
+    foreign.update(torch.ones(1, 2, 3, 8), torch.ones(1, 2, 3, 8), 0)
+    with pytest.raises(InputError, match="must be a RetroCache or empty, got a DynamicCache of 3"):
+        model(tokens, past_key_values=foreign)
     cache = model(tokens, neighbours=neighbours).past_key_values
     with pytest.raises(UnsupportedModelError, match="must only grow"):
         cache.crop(1)
