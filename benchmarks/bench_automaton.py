@@ -26,8 +26,8 @@ from memlm.index.plan import IndexConfig
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
 from memlm.methods.knn_lm import index_store
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 from memlm.testing.automaton import PlainAutomaton
 
 DIM, VOCABULARY, NEIGHBOURS = 256, 512, 1024

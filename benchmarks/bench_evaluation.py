@@ -24,7 +24,7 @@ from memlm.index.build import build_index
 from memlm.index.plan import IndexConfig
 from memlm.memory.knn import KnnMemory
 from memlm.models.fingerprint import model_hash
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 HIDDEN, LAYERS, TOKENS, NEIGHBOURS = 256, 4, 4096, 1024
 

@@ -23,7 +23,7 @@ from memlm.index.build import build_index
 from memlm.index.exact import ExactIndex
 from memlm.index.plan import IndexConfig
 from memlm.models.taps import find_tap
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model
 
 KEYS = torch.randn(30, 16, generator=torch.Generator().manual_seed(0))

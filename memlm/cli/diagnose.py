@@ -31,7 +31,7 @@ class Diagnose(ModelOptions):
     features: int = 256
     """Positions of each piece whose hidden states are kept."""
     windows: tuple[int, ...] | None = None
-    """Windows that are tried (default: an eighth, a quarter, half and all of the trained length)."""
+    """Windows that are tried (default: 1/8, 1/4, 1/2 and all of the trained length)."""
     sinks: tuple[int, ...] = (0, 1, 4, 10)
     """Numbers of sinks that are tried with each."""
     scored: int = 128

@@ -18,7 +18,7 @@ class QuestionOptions:
 
     task: Literal["perplexity", "qasper", "narrative-qa"] = "perplexity"
     """What is measured; for qasper and narrative-qa TEXT is a .json, .jsonl or .parquet file \
-of their questions, --length cuts the centre out of longer prompts, and --window extends the model."""
+of their questions, --length cuts the centre out of longer prompts, --window extends the model."""
     style: Literal["plain", "chat"] = "plain"
     """qasper, narrative-qa: plain prompts, or with the marks of a Llama 2 chat."""
     answer_tokens: int = 30

@@ -130,7 +130,8 @@ class Recommendation:
         error = "" if chosen.error is None else f", standard error {chosen.error:.4f}"
         told = (
             f"recommended: window {chosen.window}, {chosen.sinks} sinks{edge}: "
-            f"{chosen.nll:.4f} nats, {chosen.excess:.4f} above the best{error}; the model as it is: {self.vanilla:.4f}"
+            f"{chosen.nll:.4f} nats, {chosen.excess:.4f} above the best{error}; "
+            f"the model as it is: {self.vanilla:.4f}"
         )
         return Group(table, Text(told), Text(f"protocol: {self.describe()}", style="dim"))
 

@@ -23,8 +23,8 @@ from memlm.formats.memmaps import Arrays, read_arrays, unwritten
 from memlm.index.build import check_own
 from memlm.index.partition import AUTOMATON_DIRECTORY, Clusters
 from memlm.memory.knn import INDEX_DIRECTORY
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 
 _BLOCK = 1 << 16
 

@@ -14,8 +14,8 @@ from memlm.core.errors import MemlmError
 from memlm.index.build import build_index
 from memlm.index.exact import ExactIndex
 from memlm.index.plan import IndexConfig
+from memlm.store.arrays import save_arrays
 from memlm.store.verify import verify
-from memlm.store.writer import save_arrays
 
 _PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "faiss-cpu", "numpy")
 

@@ -19,13 +19,14 @@ from torch import Tensor
 from memlm.core.config import check
 from memlm.core.errors import FingerprintError
 from memlm.core.files import fingerprint, link_or_copy
+from memlm.store.arrays import save_arrays
 from memlm.store.codec import CODEC, CODEC_RECORD
 from memlm.store.deleted import delete_documents
 from memlm.store.directory import make_directory
 from memlm.store.entries import integers_hash
 from memlm.store.manifest import PlannedRange
 from memlm.store.reader import Datastore
-from memlm.store.writer import StoreWriter, save_arrays
+from memlm.store.writer import StoreWriter
 
 
 class _Rows:

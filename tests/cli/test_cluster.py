@@ -7,7 +7,7 @@ import torch
 
 from memlm.cli.cluster import Cluster
 from memlm.index.partition import Clusters
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 
 @pytest.fixture

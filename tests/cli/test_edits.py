@@ -8,8 +8,8 @@ import torch
 from memlm.cli.main import main
 from memlm.index.build import build_index, load_index
 from memlm.index.plan import IndexConfig
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from memlm.evaluation.perplexity import evaluate
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
 from memlm.memory.local import LocalMemory
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.processes import run_processes
 from memlm.testing.tiny import tiny_model, tiny_tokens
 

@@ -20,7 +20,7 @@ from memlm.memory.local import LocalMemory
 from memlm.memory.long import LongMemory
 from memlm.memory.together import Together
 from memlm.models.fingerprint import model_hash
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 WINDOWS = SlidingWindows(8, 3)

@@ -22,7 +22,7 @@ from memlm.index.exact import ExactIndex
 from memlm.memory.knn import KnnMemory
 from memlm.models.attach import attach
 from memlm.models.fingerprint import model_hash
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 WINDOWS = SlidingWindows(8, 3)

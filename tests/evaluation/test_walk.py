@@ -20,7 +20,7 @@ from memlm.evaluation.walk import Figures, chains, recall
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.local import LocalMemory
 from memlm.models.running import frozen
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 WITHIN, ACROSS = "each document", "the text"

@@ -38,12 +38,13 @@ from memlm.retrieval.chunks import ChunkConfig, ChunkDatabase
 from memlm.retrieval.embeddings import Embeddings, embed_chunks
 from memlm.retrieval.neighbours import NeighbourTable, build_neighbours
 from memlm.retrieval.retrievers import Bm25Retriever
+from memlm.store.arrays import save_arrays
 from memlm.store.deleted import delete_documents
 from memlm.store.manifest import Identity, PlannedRange, StoreInfo
 from memlm.store.reader import Datastore
 from memlm.store.rewrite import compact_store, join_stores
 from memlm.store.verify import verify
-from memlm.store.writer import StoreWriter, save_arrays
+from memlm.store.writer import StoreWriter
 from memlm.testing.tiny import tiny_model
 from tests.faults.text import WORDS, CountingEncoder, word_tokenizer
 

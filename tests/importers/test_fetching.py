@@ -19,9 +19,9 @@ from memlm.core.errors import CorruptStoreError, InputError, StoreError
 from memlm.importers.artefacts import ARTEFACTS, find_artefact, table
 from memlm.importers.fetching import locate, unpack
 from memlm.importers.hub import fetch_store, hub_name, push_store
+from memlm.store.arrays import save_arrays
 from memlm.store.deleted import delete_documents
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 from tests.importers.test_datastore import write
 
 PAGE = Path(__file__).parents[2] / "docs" / "importing.md"

@@ -22,7 +22,7 @@ from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.automaton_config import AutomatonConfig
 from memlm.memory.knn import KnnMemory
 from memlm.ops.tokens import target_partial
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.automaton import PlainAutomaton, log_probability
 
 ALWAYS = 10**9

@@ -10,9 +10,9 @@ from memlm.index.greedy import greedy_merge, nearest_entries
 from memlm.index.plan import IndexConfig
 from memlm.memory.automaton import AutomatonMemory
 from memlm.memory.knn import KnnMemory
+from memlm.store.arrays import save_arrays
 from memlm.store.deleted import delete_documents
 from memlm.store.rewrite import compact_store, join_stores, prune
-from memlm.store.writer import save_arrays
 
 DOCUMENTS, LENGTH, DIM, VOCABULARY = 10, 20, 6, 5
 

@@ -17,8 +17,8 @@ from memlm.index.exact import ExactIndex
 from memlm.index.plan import IndexConfig
 from memlm.memory import knn
 from memlm.memory.knn import KnnConfig, KnnMemory, typical_spread
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 
 VALUES = torch.randint(0, 30, (500,), generator=torch.Generator().manual_seed(1)).int()
 STORE = MemoryStore(normal(500, 8, seed=1), VALUES, shard=170)

@@ -14,7 +14,7 @@ from memlm.memory.long import LongMemory
 from memlm.memory.saved_state import load_state, save_state
 from memlm.memory.together import Together
 from memlm.ops.merge import union
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 TOKENS = torch.randint(0, 9, (2, 12), generator=torch.Generator().manual_seed(1))
 KEYS = normal(2, 12, 4, seed=2)

@@ -18,9 +18,9 @@ from memlm.models.attach import attach
 from memlm.models.fingerprint import model_hash
 from memlm.ops.merge import merge_logits, merge_target, union_logits
 from memlm.ops.tokens import target_partial
+from memlm.store.arrays import save_arrays
 from memlm.store.deleted import delete_documents
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 DIM, VOCABULARY = 8, 20

@@ -14,7 +14,7 @@ from memlm.memory.knn import KnnMemory
 from memlm.memory.local import LocalMemory
 from memlm.memory.skipping import SkippingMemory
 from memlm.models.attach import attach
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 DIM = 16

@@ -12,7 +12,7 @@ from memlm.memory.knn import KnnMemory
 from memlm.methods.retomaton import retomaton
 from memlm.models.fingerprint import model_hash
 from memlm.models.taps import find_tap, forward_to_tap
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 DOCUMENTS, LENGTH, PROMPT, NEW = 12, 40, 6, 14

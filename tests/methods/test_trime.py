@@ -8,7 +8,7 @@ import memlm
 from memlm.core.errors import InputError
 from memlm.data.tokens import TokenCorpus
 from memlm.methods.trime import begin_with, remember, trime
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 TEXT = tiny_tokens(2, 40, vocab_size=9, seed=1)

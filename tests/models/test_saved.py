@@ -14,8 +14,8 @@ from memlm.memory.local import LocalMemory
 from memlm.models.attach import MemoryForCausalLM, attach
 from memlm.models.fingerprint import model_hash
 from memlm.models.taps import find_tap, forward_to_tap
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 from .memories import Fixed

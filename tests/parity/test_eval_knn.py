@@ -23,7 +23,7 @@ from memlm.models.fingerprint import model_hash
 from memlm.models.running import frozen
 from memlm.ops.merge import merge_logits
 from memlm.ops.tokens import token_log_scores
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 TOLERANCE = 1e-5
 

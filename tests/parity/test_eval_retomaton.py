@@ -21,7 +21,7 @@ from memlm.index.faiss_index import FaissIndex
 from memlm.index.partition import Clusters
 from memlm.memory.automaton import AutomatonMemory
 from memlm.ops.merge import merge_logits, mixture
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 TOLERANCE = 1e-5
 

@@ -17,7 +17,7 @@ from memlm.memory.knn import KnnMemory
 from memlm.models.attach import attach
 from memlm.models.fingerprint import model_hash
 from memlm.models.taps import find_tap, forward_to_tap
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 
 class Golden:

@@ -22,7 +22,7 @@ from memlm.memory.knn import KnnMemory
 from memlm.memory.local import LocalMemory
 from memlm.memory.long import LongMemory
 from memlm.memory.together import Together
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 
 EOS = 2
 UNITS = {"none": "stream", "complete": "lines", "eos": "line"}

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from memlm.core.errors import CorruptStoreError, FingerprintError, InputError, StoreError
+from memlm.store.arrays import save_arrays
 from memlm.store.deleted import delete_documents
 from memlm.store.reader import DELETED, Datastore
 from memlm.store.rewrite import compact_store, join_stores, prune
 from memlm.store.verify import verify
-from memlm.store.writer import save_arrays
 from store.making import DIM, VOCAB, build
 
 LENGTHS = (4, 3, 5)

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 from memlm.core.errors import CorruptStoreError, InputError, StoreError
 from memlm.store import reader as module
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
-from memlm.store.writer import save_arrays
 from store.making import DIM, ROWS, build, entries
 
 

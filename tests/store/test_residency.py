@@ -7,9 +7,9 @@ import torch
 from memlm.core.errors import InputError, MissingExtraError
 from memlm.index.build import build_index, load_index
 from memlm.index.plan import IndexConfig
+from memlm.store.arrays import save_arrays
 from memlm.store.reader import Datastore
 from memlm.store.residency import plan_residency, plan_store, residency_lines
-from memlm.store.writer import save_arrays
 
 CONFIG = IndexConfig(factory="IVF4,PQ4x4", nprobe=4, recall_queries=0)
 

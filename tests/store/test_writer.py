@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memlm.core.errors import FingerprintError, InputError, StoreError
+from memlm.store.arrays import save_arrays
 from memlm.store.manifest import PlannedRange
 from memlm.store.reader import Datastore
-from memlm.store.writer import StoreWriter, save_arrays
+from memlm.store.writer import StoreWriter
 from store.making import (
     DIM,
     ROWS,

@@ -9,7 +9,7 @@ from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.models.adaptive.config import AdaptiveConfig
 from memlm.models.adaptive.decoder import AdaptiveForCausalLM, AdaptiveModel, sinusoids
 from memlm.models.taps import find_tap, forward_to_tap
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model, tiny_tokens
 
 SHAPES = {

@@ -7,7 +7,7 @@ import memlm
 from memlm.models.attach import attach
 from memlm.models.retro.fit import retro_fit
 from memlm.models.taps import find_tap, forward_to_tap
-from memlm.store.writer import save_arrays
+from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model
 from tests.models.retro.small import CHUNK, Arithmetic, made_up, small_model
 
