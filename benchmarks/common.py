@@ -106,3 +106,9 @@ def save_picture(figure: Any, path: Path, title: str, description: str) -> None:
         begin = text.index(">", text.index("<svg")) + 1
         words = f"<title>{escape(title)}</title><desc>{escape(description)}</desc>"
         path.write_text(text[:begin] + words + text[begin:], encoding="utf-8")
+
+
+def table(columns: list[str], rows: list[list[str]]) -> list[str]:
+    """A Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]

@@ -7,15 +7,10 @@ import json
 import math
 from typing import Any
 
-from benchmarks.common import RESULTS
+from benchmarks.common import RESULTS, table
+from benchmarks.training_tables import retro_fit, retro_training, trime_training, tupe_schemes
 
 Result = dict[str, Any]
-
-
-def table(columns: list[str], rows: list[list[str]]) -> list[str]:
-    """A Markdown table."""
-    lines = [columns, ["---"] * len(columns), *rows]
-    return [f"| {' | '.join(line)} |" for line in lines]
 
 
 def imports(result: Result) -> list[str]:
@@ -409,38 +404,6 @@ def trime(result: Result) -> list[str]:
     ]
 
 
-def retro_training(result: Result) -> list[str]:
-    rows, protocol = [], result["protocol"]
-    for name, run in result["runs"].items():
-        row = [name]
-        for mode in ("off", "on", "shuffled"):
-            found = run.get(mode)
-            row.append(f"{found['bits_per_byte']:.4f}" if found else "")
-        gain = run.get("on", {}).get("against_none")
-        row.append(_difference(gain) if gain else "")
-        row.append(f"{run.get('on', run['off'])['perplexity']:.1f}")
-        rows.append(row)
-    return [
-        f"RETRO trained on {protocol['tokens']:,} tokens of Wikipedia articles, by how neighbours "
-        f"were found in {protocol['database_chunks']:,} chunks; bits per byte of "
-        f"{protocol['test_articles']} held-out articles, with retrieval off, on, and with the "
-        "neighbours of other chunks (95 % intervals over articles):",
-        "",
-        *table(
-            ["neighbours", "off", "on", "shuffled", "on less the model without", "perplexity"],
-            rows,
-        ),
-    ]
-
-
-def _difference(found: dict[str, Any]) -> str:
-    text = f"{found['bits_per_byte']:+.4f}"
-    if "interval" in found:
-        low, high = found["interval"]
-        text += f" ({low:+.4f} to {high:+.4f})"
-    return text
-
-
 SECTIONS = {
     "import": imports,
     "extraction": extraction,
@@ -452,7 +415,10 @@ SECTIONS = {
     "untied_attention": untied_attention,
     "trime": trime,
     "retro": retro,
+    "trime_training": trime_training,
     "retro_training": retro_training,
+    "retro_fit": retro_fit,
+    "tupe_schemes": tupe_schemes,
     "lminfinite_lengths": lminfinite_lengths,
     "lminfinite_stream": lminfinite_stream,
     "lminfinite_speed": lminfinite_speed,
