@@ -9,8 +9,8 @@
     7. `memlm.training.retro`         AdamW on the common training loop                    (C)
 
 Step 6 may also be a trained language model that learns to read neighbours while its own weights
-stay: `memlm.models.retro.fit` (4.2). Steps 2 and 3 are for dense retrieval; BM25 needs neither. `retro_database` is steps 1 to 4 in one
-call.
+stay: `memlm.models.retro.fit` (4.2). Steps 2 and 3 are for dense retrieval; BM25 needs neither.
+`retro_database` is steps 1 to 4 in one call.
 """
 
 import shutil

@@ -9,6 +9,7 @@ from memlm.models.retro.fit import retro_fit
 from memlm.models.taps import find_tap, forward_to_tap
 from memlm.store.arrays import save_arrays
 from memlm.testing.tiny import tiny_model
+from tests.models.memories import Counter
 from tests.models.retro.small import CHUNK, Arithmetic, made_up, small_model
 
 QUIET = {"do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -80,3 +81,39 @@ def test_generation_retrieves_and_remembers(model, store, choice):
     assert not torch.equal(written, lm.generate(tokens, **arguments))
     again = lm.generate(tokens, retriever=Arithmetic(), use_cache=False, **arguments)
     assert torch.equal(written, again)
+
+
+@pytest.mark.parametrize("made", [Counter, memlm.LocalMemory])
+@pytest.mark.parametrize("align", ["left", "right"])
+def test_two_states_ride_on_one_cache(model, made, align):
+    """The scores of cached steps are those of whole texts, with neighbours and the memory's."""
+    lm = attach(model, made(), memlm.Mixture(0.3))
+    tokens, steps = made_up(2, 6)[0], 7
+    arguments = {"max_new_tokens": steps, "align": align, **QUIET}
+    arguments |= {"output_scores": True, "return_dict_in_generate": True}
+    with_neighbours = lm.generate(tokens, retriever=Arithmetic(), **arguments)
+    without = lm.generate(tokens, **arguments)
+    offset = model.retrieval_arguments(tokens, align=align).get("chunk_offset")
+    for output, retriever in ((with_neighbours, Arithmetic()), (without, None)):
+        scores, written = torch.stack(output.scores, 1), output.sequences
+        neighbours = model.retrieved(retriever, written, None, None, chunk_offset=offset)
+        with torch.no_grad():
+            whole = lm(written, chunk_offset=offset, **neighbours).logits[:, 5:-1]
+        assert torch.allclose(scores.log_softmax(-1), whole.log_softmax(-1), atol=1e-5)
+    first, second = (one.scores[0].softmax(-1) for one in (with_neighbours, without))
+    assert (first - second).abs().max() > 1e-4
+
+
+def test_beams_take_both_states_along(model):
+    lm = attach(model, Counter(), memlm.Mixture(0.01))
+    tokens = made_up(2, 6)[0]
+    arguments = {"max_new_tokens": 7, "num_beams": 3, "return_dict_in_generate": True, **QUIET}
+    output = lm.generate(tokens, retriever=Arithmetic(), output_scores=True, **arguments)
+    written = output.sequences
+    neighbours = model.retrieved(Arithmetic(), written, None, None)
+    with torch.no_grad():
+        logs = lm(written, **neighbours).logits.log_softmax(-1)[:, 5:-1]
+    summed = logs.gather(-1, written[:, 6:, None]).sum((1, 2)) / 7
+    assert torch.allclose(output.sequences_scores, summed, atol=1e-5)
+    alone = lm.generate(tokens, output_scores=True, **arguments)
+    assert (alone.sequences_scores - output.sequences_scores).abs().max() > 1e-4
