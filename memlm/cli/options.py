@@ -312,7 +312,9 @@ def load_model(
     from transformers.utils.logging import disable_progress_bar
 
     import memlm.models.adaptive.decoder
-    import memlm.models.attach  # noqa: F401  registers models with a memory
+    import memlm.models.attach
+    import memlm.models.retro.causal_lm
+    import memlm.models.retro.fit  # noqa: F401  registers models of memlm's own
 
     disable_progress_bar()
     if device == "auto":

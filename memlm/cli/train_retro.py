@@ -97,7 +97,6 @@ def _model(options: "Train", config: "RetroTrainConfig", tokenizer: Any, chunk_s
     from memlm.models.retro.generation import RetrievingGeneration
 
     if options.model is not None:
-        import memlm.models.retro.fit
         from memlm.training.retro import fitted_model
 
         model = load_model(options.model, "cpu")

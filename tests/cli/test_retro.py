@@ -3,10 +3,14 @@
 import json
 
 import pytest
+import torch
 from transformers import BertConfig, BertModel
 
+import memlm
 from memlm.cli.main import main
 from memlm.models.retro.causal_lm import RetroForCausalLM
+from memlm.models.retro.fit import RetroFitForCausalLM
+from memlm.testing.tiny import tiny_model
 from tests.retrieval.texts import documents
 
 
@@ -95,6 +99,8 @@ def test_training(place, capsys):
     made = json.loads(capsys.readouterr().out)
     assert list(made["retrieval"]) == ["on", "off", "shuffled"]
     assert RetroForCausalLM.from_pretrained(place / "model").config.chunk_size == 8
+    assert main(["generate", str(place / "model"), "the", "--max-new-tokens", "2"]) == 0
+    assert capsys.readouterr().out.startswith("the")
     command[-1] = str(place / "more")
     assert main([*command, *rest, "--model", str(place / "model"), "--set", *shape[:2]]) == 0
     assert json.loads(capsys.readouterr().out)["parameters"] == made["parameters"]
@@ -102,6 +108,36 @@ def test_training(place, capsys):
     assert "does not read --chain" in capsys.readouterr().err
     assert main([*command, "--preset", "base", "--plan"]) == 0
     assert "524,288 tokens per step" in capsys.readouterr().out
+
+
+def test_fitting_a_trained_model(place, capsys, tokenizer):
+    base = tiny_model(vocab_size=len(tokenizer))
+    base.save_pretrained(place / "base")
+    tokenizer.save_pretrained(place / "base")
+    assert stage(place, "chunk", *chunk(place)) == 0
+    assert stage(place, "neighbours") == 0
+    command = ["train", str(place / "database"), "--method", "retro", "--model"]
+    rest = ["--max-steps", "2", "--threads", "1", "--json"]
+    rest += ["--set", "block_length=16", "batch_tokens=64"]
+    assert main([*command, str(place / "base"), "--out", str(place / "fit"), *rest]) == 0
+    fit = RetroFitForCausalLM.from_pretrained(place / "fit")
+    for name, value in base.state_dict().items():
+        assert torch.equal(fit.base.state_dict()[name], value), name
+    assert all(bool(gate != 0) for gate in fit.gates.values())
+    assert main([*command, str(place / "fit"), "--out", str(place / "more"), *rest]) == 0
+
+    def written(folder):
+        capsys.readouterr()
+        prompt = ("the", "--max-new-tokens", "3", "--json")
+        assert main(["generate", str(place / folder), *prompt]) == 0
+        return json.loads(capsys.readouterr().out)["texts"]
+
+    assert written("fit") == written("base")  # nothing is retrieved
+    nameless = memlm.retro_fit(base, chunk_size=8)
+    base.config.name_or_path = ""
+    nameless.save_pretrained(place / "nameless")
+    assert main(["generate", str(place / "nameless"), "the"]) == 2
+    assert "belongs to a base model without a name" in capsys.readouterr().err
 
 
 def test_editing(place, capsys):
