@@ -35,7 +35,7 @@ from transformers import (
 from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.merges import Merge, Mixture, merge_from_dict
 from memlm.core.types import TokenMemory
-from memlm.models.cache import MemoryCache
+from memlm.models.cache import MemoryCache, carry, state_before
 from memlm.models.config import MemoryConfig
 from memlm.models.match import check_match, stored_tap
 from memlm.models.rows import keep, merge_rows, places, valid_positions, walk_rows
@@ -219,7 +219,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         slices = "logits_to_keep" in accepted
         if slices:
             kwargs["logits_to_keep"] = logits_to_keep
-        state, walks = self._state(input_ids, past_key_values, use_cache)
+        state, walks = None, False
+        if not self._off:
+            state, walks = state_before(self.memory, input_ids, past_key_values, use_cache)
         kept = places(logits_to_keep, input_ids.shape[1]) if walks else []  # type: ignore[union-attr]
         # the base model may carry something of its own on the cache inside
         carried = isinstance(past_key_values, MemoryCache)
@@ -250,7 +252,7 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
                     state,
                 )
                 cache = past_key_values if carried else output.past_key_values
-                values["past_key_values"] = self._carry(cache, state, len(states))
+                values["past_key_values"] = carry(cache, self.memory, state, len(states))
             else:
                 logits = self._merge_all(
                     self.merge, self.memory, logits, states, valid, logits_to_keep
@@ -270,46 +272,6 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
     def _off(self) -> bool:
         nothing = isinstance(self.merge, Mixture) and self.merge.lam == 0
         return nothing and self.interpolate is None
-
-    def _state(
-        self, input_ids: Tensor | None, cache: Any, use_cache: bool | None
-    ) -> tuple[Any, bool]:
-        """The memory's state before this pass, and whether it has any."""
-        if isinstance(cache, MemoryCache):
-            if cache.memory is not self.memory:
-                raise InputError(
-                    "the cache must carry the state of this model's memory but carries another's; "
-                    "start with a fresh cache"
-                )
-            return cache.state, True
-        rows = 1 if input_ids is None else len(input_ids)
-        state = self.memory.init_state(rows)
-        if state is None or self._off:
-            return None, False
-        kind = type(self.memory).__name__
-        if input_ids is None:
-            raise InputError(
-                f"a {kind} follows the tokens of the text, so input_ids must be given; got "
-                "inputs_embeds only"
-            )
-        if use_cache is False:
-            raise InputError(
-                f"a {kind} keeps its state on the cache, so use_cache must not be False; leave it "
-                "out or set it to True"
-            )
-        if cache is not None and cache.get_seq_length() > 0:
-            raise InputError(
-                f"the cache holds {int(cache.get_seq_length())} positions that this {kind} has not "
-                "read; pass the past_key_values of this model's own output, or a fresh cache"
-            )
-        return state, True
-
-    def _carry(self, cache: Any, state: Any, rows: int) -> Any:
-        if isinstance(cache, MemoryCache):
-            cache.state = state
-            return cache
-        # None: the base model had its own reason not to cache (gradient checkpointing)
-        return None if cache is None else MemoryCache(cache, self.memory, state, rows)
 
     def _merge_all(
         self,

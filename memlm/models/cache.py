@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
-from memlm.core.errors import UnsupportedModelError
+from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.types import TokenMemory
 
 
@@ -126,3 +126,54 @@ class MemoryCache(CarryingCache):
         memo[id(self)] = twin
         twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return twin
+
+
+def state_before(
+    memory: TokenMemory, input_ids: Tensor | None, cache: Cache | None, use_cache: bool | None
+) -> tuple[Any, bool]:
+    """A memory's state before a pass over new tokens, and whether it has any.
+
+    Args:
+        memory: whose state.
+        input_ids: ``(batch, time)``, the new tokens.
+        cache: what the pass is given.
+        use_cache: alike.
+
+    Raises:
+        InputError: if a memory with state has no tokens, no cache, or a cache without its state.
+    """
+    if isinstance(cache, MemoryCache):
+        if cache.memory is not memory:
+            raise InputError(
+                "the cache must carry the state of this model's memory but carries another's; "
+                "start with a fresh cache"
+            )
+        return cache.state, True
+    state = memory.init_state(1 if input_ids is None else len(input_ids))
+    if state is None:
+        return None, False
+    kind = type(memory).__name__
+    if input_ids is None:
+        raise InputError(
+            f"a {kind} follows the tokens of the text, so input_ids must be given; got "
+            "inputs_embeds only"
+        )
+    if use_cache is False:
+        raise InputError(
+            f"a {kind} keeps its state on the cache, so use_cache must not be False; leave it "
+            "out or set it to True"
+        )
+    if cache is not None and cache.get_seq_length() > 0:
+        raise InputError(
+            f"the cache holds {int(cache.get_seq_length())} positions that this {kind} has not "
+            "read; pass the past_key_values of this model's own output, or a fresh cache"
+        )
+    return state, True
+
+
+def carry(cache: Cache | None, memory: TokenMemory, state: Any, rows: int) -> Cache | None:
+    """A cache with the state after a pass; None stays None, as under gradient checkpointing."""
+    if isinstance(cache, MemoryCache):
+        cache.state = state
+        return cache
+    return None if cache is None else MemoryCache(cache, memory, state, rows)
