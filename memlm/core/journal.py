@@ -50,7 +50,7 @@ class Journal:
         """Every whole record, oldest first; torn lines and blank lines are left out."""
         try:
             lines = self.path.read_bytes().split(b"\n")
-        except FileNotFoundError:  # not begun, or another process has just finished with it
+        except (FileNotFoundError, NotADirectoryError):  # not begun, or another has just finished
             return []
         records = []
         for line in lines:

@@ -310,7 +310,9 @@ class _Run:
 def _read_settings(path: Path) -> dict[str, Any]:
     """The settings of a run; those that did not exist when it began are at their defaults."""
     kept = read_json(path)
-    return {"text": None, **kept, "window": LambdaConfig.from_dict(kept["window"]).to_dict()}
+    middle = {name: value for name, value in kept["window"].items() if name == "middle"}
+    window = {name: value for name, value in kept["window"].items() if name != "middle"}
+    return {"text": None, **kept, "window": {**LambdaConfig.from_dict(window).to_dict(), **middle}}
 
 
 @dataclass(frozen=True)
