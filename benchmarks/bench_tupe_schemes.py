@@ -17,9 +17,11 @@ import argparse
 import json
 import lzma
 from pathlib import Path
+from typing import Any
 
-from benchmarks.common import save
+from benchmarks.common import RESULTS, save
 from memlm.data.cleaning import CorpusCounts, prepare
+from memlm.evaluation.figures import panels
 from memlm.models.tupe.heads import TupeForSequenceClassification
 from memlm.positions.scheme import SCHEMES
 from memlm.training.finetune import finetune
@@ -43,6 +45,17 @@ def sentences(data: Path, split: str, characters: int, counts: CorpusCounts) -> 
                 texts.append(record["text"][:room])
                 room -= len(record["text"])
     return [sentence for paragraph in prepare(texts, counts) for sentence in paragraph]
+
+
+def plot(rows: list[dict[str, Any]]) -> None:
+    """Held-out loss against the step, a line a run."""
+    figure, (axis,) = panels(1)
+    for row in rows:
+        steps, losses = zip(*row["curve"], strict=True)
+        axis.plot(steps, losses, label=f"{row['scheme']}, seed {row['seed']}")
+    axis.set(xlabel="steps", ylabel="loss of masked held-out tokens, nats")
+    axis.legend()
+    figure.savefig(RESULTS / "tupe_schemes.svg")
 
 
 def main():
@@ -123,6 +136,7 @@ def main():
             "glue": tasks,
         },
     )  # fmt: skip
+    plot(rows)
 
 
 if __name__ == "__main__":
