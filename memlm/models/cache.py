@@ -13,6 +13,7 @@ stay where the model put them, and every kind of layer (dynamic, sliding, static
 """
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any, Self
 
 import torch
@@ -23,7 +24,7 @@ from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.types import TokenMemory
 
 
-class CarryingCache(Cache):
+class CarryingCache(Cache, ABC):
     """The layers of another cache, and beside them something with one row per sequence.
 
     What is done to rows is done to the other cache first, which may itself carry something.
@@ -46,7 +47,7 @@ class CarryingCache(Cache):
                 "attach it to a causal language model"
             )
         # The same layer list and settings: both objects are views of one cache from now on.
-        self.__dict__.update(inner.__dict__)
+        vars(self).update(vars(inner))
         self.inner = inner
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -68,13 +69,13 @@ class CarryingCache(Cache):
         """Forget everything, keep the allocated layers."""
         self.inner.reset()
 
+    @abstractmethod
     def _rows(self) -> int:
         """How many sequences there are (beams count)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _select(self, index: Tensor) -> None:
         """Keep the rows ``index`` of what is carried."""
-        raise NotImplementedError
 
 
 class MemoryCache(CarryingCache):
@@ -124,7 +125,7 @@ class MemoryCache(CarryingCache):
         memo[id(self.memory)] = self.memory
         twin = object.__new__(type(self))
         memo[id(self)] = twin
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        vars(twin).update(copy.deepcopy(vars(self), memo))
         return twin
 
 

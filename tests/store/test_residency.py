@@ -55,10 +55,8 @@ def test_without_a_gpu_part_of_faiss(store):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not hasattr(faiss, "StandardGpuResources"), reason="FAISS has no GPU part here")
 def test_an_index_on_the_gpu_answers_as_one_in_memory(store):
-    pytest.importorskip("faiss")
-    if not hasattr(faiss, "StandardGpuResources"):
-        pytest.skip("FAISS without its GPU part")
     config = IndexConfig(factory="IVF4,Flat", nprobe=4, recall_queries=0)
     build_index(store, config, directory=store.path / "index", quiet=True)
     queries = torch.randn(5, 8)
