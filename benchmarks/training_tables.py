@@ -8,7 +8,9 @@ Result = dict[str, Any]
 
 
 def trime_training(result: Result) -> list[str]:
-    columns = ["alone", "cache", "local", "local+long", "local+long+ext", "kNN-LM"]
+    columns = [
+        "alone", "cache", "local", "local+long", "local+long+ext", "local+long,mixed", "kNN-LM"
+    ]  # fmt: skip
     rows = []
     for name, run in result["runs"].items():
         found = run["rows"]
@@ -87,9 +89,27 @@ def tupe_schemes(result: Result) -> list[str]:
         for row in result["rows"]
     ]
     steps = result["settings"]["steps"]
-    return [
+    lines = [
         f"Position schemes, {steps} steps of 1,024 tokens of Wikipedia: loss of masked held-out "
         "tokens, and the step at which it first is below what BERT-A ends with:",
         "",
         *table(["scheme", "parameters", "nats", "reaches BERT-A's end at step"], rows),
+    ]
+    return lines + _glue(result) if result["glue"] else lines
+
+
+def _glue(result: Result) -> list[str]:
+    """Schemes by tasks; every task has the same schemes and metrics of its own."""
+    tasks = result["glue"]
+    seeds = result["settings"]["glue_seeds"]
+    columns = [(task, name) for task, found in tasks.items() for name in next(iter(found.values()))]
+    rows = [
+        [scheme, *(f"{100 * tasks[task][scheme][name]:.1f}" for task, name in columns)]
+        for scheme in next(iter(tasks.values()))
+    ]
+    return [
+        "",
+        f"The models of seed 1 fine-tuned on GLUE, in %, median of seeds {seeds}:",
+        "",
+        *table(["scheme", *(f"{task}: {name}" for task, name in columns)], rows),
     ]
