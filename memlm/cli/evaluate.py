@@ -70,6 +70,7 @@ own document."""
         from memlm.evaluation.perplexity import evaluate
         from memlm.evaluation.report import report, tuning_report
         from memlm.evaluation.tune import tune
+        from memlm.models.retro.generation import RetrievingGeneration
 
         model, tokenizer = self.load()
         if self.task != "perplexity":
@@ -87,6 +88,9 @@ own document."""
                 save=self.save,
                 as_json=self.json,
             )
+        if isinstance(model, RetrievingGeneration) and not self.json:
+            note = "reads neighbours and has none here; `memlm retro evaluate` gives it some"
+            show({}, f"note: {self.model} {note}", as_json=False)
         corpus = self.corpus(tokenizer)
         if len(self.length) > 1:
             return self.measure(

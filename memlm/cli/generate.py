@@ -8,6 +8,7 @@ from tyro.conf import Positional, arg
 
 from memlm.cli.middle import MiddleOptions
 from memlm.cli.options import METHODS, READ_TEXT, InterpolationOptions, ModelOptions, show
+from memlm.cli.retriever import DatabaseOptions
 from memlm.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Generate(MiddleOptions, InterpolationOptions, ModelOptions):
-    """Continue PROMPT with MODEL, with --store or --method trime also from its memory."""
+class Generate(DatabaseOptions, MiddleOptions, InterpolationOptions, ModelOptions):
+    """Continue PROMPT with MODEL, with --store or --method trime also from its memory; with
+    --database a RETRO model reads the neighbours of its chunks.
+    """
 
     prompt: Annotated[str | None, Positional, arg(metavar="PROMPT")] = None
     """Text to continue; without it, read from standard input."""
@@ -44,7 +47,7 @@ the model was trained on (default: the model as it is)."""
     seed: int | None = None
     """With --sample: of the random numbers."""
     compare: bool = False
-    """Also show what the model continues without its memory."""
+    """Also show what the model continues without its memory and neighbours."""
     json: bool = False
     """Print the texts as JSON."""
 
@@ -60,16 +63,18 @@ the model was trained on (default: the model as it is)."""
             raise InputError("the prompt must not be empty; give some text to continue")
         self._check_long()
         self.check_interpolation()
+        self.check_database()
         model, tokenizer = self.load()
+        lookup = self.lookup(model, tokenizer, self.device)
         self._extend(model)
         memory, merge = self.memory(model)
-        variants = {}
-        if memory is None or self.compare:
-            variants["base"] = model
+        whole, parts = model, ["RETRO"] if lookup else []
         if memory is not None:
-            variants[METHODS[self.method]] = attach(
-                model, memory, merge=merge, interpolate=self.interpolated(memory)
-            )
+            whole = attach(model, memory, merge=merge, interpolate=self.interpolated(memory))
+            parts.append(METHODS[self.method])
+        variants: dict[str, Any] = {"base": model} if self.compare or not parts else {}
+        if parts:
+            variants[" + ".join(parts)] = whole
         inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
         texts = {}
         with torch_threads(self.threads):
@@ -81,6 +86,8 @@ the model was trained on (default: the model as it is)."""
                     if self.sample
                     else {}
                 )
+                if name != "base":
+                    choice |= lookup
                 if self.remember is not None and isinstance(variant, MemoryForCausalLM):
                     choice["past_key_values"] = self._read_before(self.remember, variant, tokenizer)
                 tokens = variant.generate(

@@ -7,15 +7,18 @@ from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
-from memlm.cli.options import load_tokenizer, show
+from memlm.cli.options import load_model, load_tokenizer, show
+from memlm.cli.retriever import RetrieverOptions
 from memlm.core.errors import InputError
 
-Stage = Literal["chunk", "append", "delete", "embed", "index", "neighbours", "inspect", "verify"]
+Stage = Literal[
+    "chunk", "append", "delete", "embed", "index", "neighbours", "inspect", "evaluate", "verify"
+]
 _AGAIN = os.environ.get("REPROCESS", "").lower() in ("1", "t", "true")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retro:
+class Retro(RetrieverOptions):
     """Make RETRO's database: chunk text, embed and index the chunks, look up neighbours.
 
     Every stage can be interrupted and continues when run again; one that is done says so.
@@ -23,12 +26,13 @@ class Retro:
 
     stage: Annotated[Stage, Positional, arg(metavar="STAGE")]
     """chunk, append, delete: make and edit the database; embed, index: only for dense retrieval; \
-neighbours: look up every chunk; inspect: show some; verify: compare checksums."""
+neighbours: look up every chunk; inspect: show some; evaluate: a model with and without them; \
+verify: compare checksums."""
     database: Annotated[str, Positional, arg(metavar="DATABASE")]
     """Directory of the database."""
     text: str | None = None
-    """chunk, append: folder, text file or .jsonl file. neighbours, inspect: another chunk \
-database, whose chunks are looked up in this one (default: the database itself)."""
+    """chunk, append: folder, text file or .jsonl file. neighbours, inspect, evaluate: another \
+chunk database, whose chunks are looked up in this one (default: the database itself)."""
     field: str = "text"
     """chunk, append: field of a .jsonl line that holds the text."""
     separator: str | None = None
@@ -41,29 +45,28 @@ database, whose chunks are looked up in this one (default: the database itself).
     """chunk: tokens per chunk."""
     names: tuple[str, ...] = ()
     """delete: names of documents."""
-    encoder: str | None = None
-    """embed, index, neighbours: folder or Hub id of a text encoder."""
-    pooling: Literal["mean", "cls", "sentence"] = "mean"
-    """How its states become one vector; sentence: as sentence-transformers does."""
     batch_size: int = 64
     """embed, neighbours: chunks at once."""
     index_type: Literal["auto", "ivfpq", "opq", "fastscan", "ivf", "hnsw", "flat", "exact"] = "auto"
     """index: auto is exact for small databases, else as `memlm index` chooses."""
     memory: float | None = None
     """index: gigabytes it may take; needs --index-type auto."""
-    retriever: Literal["bm25", "dense", "reranked"] = "bm25"
-    """neighbours: bm25 needs nothing; dense needs embed and index; reranked puts what dense finds \
-in the order of bm25."""
     k: int = 2
-    """neighbours: of each chunk."""
+    """neighbours, evaluate: of each chunk."""
     near_duplicates: float | None = None
     """neighbours: leave out those that hold this share of a chunk's 8-token sequences, e.g. 0.8."""
     chunks: tuple[int, ...] = (0,)
     """inspect: numbers of chunks."""
     html: str | None = None
     """inspect: write a page here instead of printing."""
+    model: str | None = None
+    """evaluate: folder of a model that reads neighbours."""
+    chunks_per_sequence: int = 8
+    """evaluate: chunks that are read at once."""
+    plot: str | None = None
+    """evaluate: draw bits per byte against the overlap of chunks with their neighbours."""
     device: str = "auto"
-    """Where the encoder runs."""
+    """Where the encoder or the model runs."""
     plan: bool = False
     """chunk, embed, index, neighbours: only say what it would take."""
     rebuild: bool = _AGAIN
@@ -103,7 +106,8 @@ in the order of bm25."""
     def _embed(self) -> int:
         from memlm.retrieval.embeddings import embed_chunks, plan_embeddings
 
-        database, encoder = self._opened(), self._encoder()
+        database = self._opened()
+        encoder = self.load_encoder(self._tokenizer(), self.device)
         plan = plan_embeddings(database, encoder, batch_size=self.batch_size)
         if self._planned(plan):
             return 0
@@ -140,13 +144,12 @@ in the order of bm25."""
         return 0
 
     def _neighbours(self) -> int:
-        from memlm.methods.retro import make_retriever
         from memlm.retrieval.neighbours import build_neighbours, plan_neighbours
 
         database = self._opened()
         text = self._looked_up(database)
-        encoder = None if self.retriever == "bm25" else self._encoder()
-        retriever = make_retriever(database, self.retriever, encoder)
+        tokenizer = None if self.retriever == "bm25" else self._tokenizer()
+        retriever = self.retriever_of(database, tokenizer, self.device)
         if self._planned(plan_neighbours(text, retriever, k=self.k)):
             return 0
         table = build_neighbours(
@@ -185,6 +188,35 @@ in the order of bm25."""
             sys.stdout.write("\n\n".join(as_text(one) for one in seen) + "\n")
         return 0
 
+    def _evaluate(self) -> int:
+        from memlm.data.fingerprint import tokenizer_hash
+        from memlm.evaluation.leakage import leakage, leakage_table, plot_leakage
+        from memlm.evaluation.retro import compare_retrieval, table
+        from memlm.retrieval.chunks import ChunkDatabase
+        from memlm.retrieval.dataset import RetroDataset
+        from memlm.training.retro import RetroText, check_model
+
+        if self.model is None:
+            raise InputError("evaluate needs a model that reads neighbours; give --model")
+        tokenizer, model = load_tokenizer(self.model), load_model(self.model, self.device)
+        database = ChunkDatabase.open(self.database, tokenizer_hash=tokenizer_hash(tokenizer))
+        check_model(model, database, tokenizer)
+        source = RetroText.open(self.text or self.database, database if self.text else None)
+        data = RetroDataset(*source, chunks_per_sequence=self.chunks_per_sequence, k=self.k)
+        figures = compare_retrieval(model, data)
+        rows = leakage(figures, data, k=self.k)
+        text = f"{table(figures)}\n\n{leakage_table(rows)}"
+        if self.plot is not None:
+            text += f"\n{plot_leakage(rows, self.plot)}"
+        overlap = [
+            {"alpha": row.alpha, "share": row.share, **row.bits_per_byte}
+            for row in rows
+            if row.share
+        ]
+        summaries = {mode: one.summary() for mode, one in figures.items()}
+        show({"retrieval": summaries, "overlap": overlap}, text, as_json=self.json)
+        return 0
+
     def _verify(self) -> int:
         problems = self._opened().verify()
         lines = [*(f"PROBLEM: {problem}" for problem in problems)]
@@ -217,15 +249,6 @@ in the order of bm25."""
         from memlm.retrieval.chunks import ChunkDatabase
 
         return database if self.text is None else ChunkDatabase.open(self.text)
-
-    def _encoder(self):
-        from memlm.methods.retro import load_encoder
-
-        if self.encoder is None:
-            raise InputError(f"{self.stage} needs a text encoder, got none; give --encoder")
-        return load_encoder(
-            self.encoder, self._tokenizer(), pooling=self.pooling, device=self.device
-        )
 
     def _planned(self, plan: Any) -> bool:
         """Print a plan; whether that is all that was asked for."""

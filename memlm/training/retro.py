@@ -220,7 +220,7 @@ def fitted_model(
 
 
 def check_model(
-    model: RetroForCausalLM | RetroFitForCausalLM,
+    model: PreTrainedModel,
     text: ChunkDatabase,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
@@ -232,9 +232,9 @@ def check_model(
     check(
         isinstance(model, RetroForCausalLM | RetroFitForCausalLM),
         "the model must be a RetroForCausalLM or one that retro_fit made, got a "
-        f"{type(model).__name__}",
+        f"{type(model).__name__}; train one (`memlm train --method retro`)",
     )
-    shape = model.retro
+    shape: Any = model.retro
     check(
         shape.chunk_size == text.chunk_size,
         f"the model must have the chunk size of {text.path}, {text.chunk_size} tokens, got "

@@ -8,9 +8,18 @@ from transformers import BertConfig, BertModel
 
 import memlm
 from memlm.cli.main import main
+from memlm.evaluation.retro import compare_retrieval
+from memlm.methods.retro import load_encoder, make_retriever
 from memlm.models.retro.causal_lm import RetroForCausalLM
+from memlm.models.retro.config import RetroConfig
 from memlm.models.retro.fit import RetroFitForCausalLM
+from memlm.retrieval.chunks import ChunkDatabase
+from memlm.retrieval.dataset import RetroDataset
+from memlm.retrieval.lookup import ChunkLookup
+from memlm.retrieval.neighbours import NeighbourTable
+from memlm.retrieval.retrievers import Bm25Retriever
 from memlm.testing.tiny import tiny_model
+from memlm.training.tokenizer import train_tokenizer
 from tests.retrieval.texts import documents
 
 
@@ -110,6 +119,141 @@ def test_training(place, capsys):
     assert "524,288 tokens per step" in capsys.readouterr().out
 
 
+def from_neighbours(place, capsys, model, *arguments):
+    """What a model continues behind a prompt of nine tokens, by name."""
+    prompt = "the cat sat on the mat and the dog"
+    capsys.readouterr()
+    command = ["generate", str(place / model), prompt, "--max-new-tokens", "9", "--json"]
+    assert main([*command, *map(str, arguments)]) == 0
+    return json.loads(capsys.readouterr().out)["texts"]
+
+
+@pytest.fixture
+def reader(place, tokenizer):
+    """A database, embedded, and a model in which what neighbours say matters much."""
+    assert stage(place, "chunk", *chunk(place)) == 0
+    encoder = ("--encoder", place / "encoder", "--tokenizer", place / "encoder")
+    assert stage(place, "embed", *encoder) == 0
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 8}
+    model = RetroForCausalLM(
+        RetroConfig(
+            **shape,
+            vocab_size=len(tokenizer),
+            encoder_hidden_size=16,
+            chunk_size=8,
+            initializer="torch",
+        )
+    )
+    model.save_pretrained(place / "model")
+    tokenizer.save_pretrained(place / "model")
+    return place, model.eval()
+
+
+def test_generating_with_a_database(reader, capsys, tokenizer):
+    place, model = reader
+    given = ("--database", place / "database")
+    alone = from_neighbours(place, capsys, "model")
+    both = from_neighbours(place, capsys, "model", *given, "--compare")
+    assert list(both) == ["base", "RETRO"]
+    assert both["base"] == alone["base"] != both["RETRO"]
+    assert from_neighbours(place, capsys, "model", *given) == {"RETRO": both["RETRO"]}
+    prompt = tokenizer("the cat sat on the mat and the dog", return_tensors="pt")
+    database = ChunkDatabase.open(place / "database")
+
+    def expected(retriever, k, **choice):
+        lookup = ChunkLookup(retriever, k=k)
+        tokens = model.generate(
+            prompt["input_ids"],
+            attention_mask=prompt["attention_mask"],
+            retriever=lookup,
+            max_new_tokens=9,
+            do_sample=False,
+            pad_token_id=tokenizer.eos_token_id,
+            **choice,
+        )
+        return {"RETRO": tokenizer.decode(tokens[0], skip_special_tokens=True)}
+
+    bm25 = Bm25Retriever(database)
+    assert both["RETRO"] == expected(bm25, 2)["RETRO"]
+    choice = ("--neighbours", 1, "--align", "right", "--retrieval-step", 3)
+    found = from_neighbours(place, capsys, "model", *given, *choice)
+    assert found == expected(bm25, 1, align="right", retrieval_step=3)
+    encoder = load_encoder(str(place / "encoder"), tokenizer)
+    for kind in ("dense", "reranked"):
+        arguments = ("--retriever", kind, "--encoder", place / "encoder", "--device", "cpu")
+        found = from_neighbours(place, capsys, "model", *given, *arguments)
+        assert found == expected(make_retriever(database, kind, encoder), 2)
+
+
+def test_generating_with_a_database_and_a_memory(reader, capsys):
+    place, _ = reader
+    store = ["build", str(place / "model"), str(place / "text"), "--out", str(place / "store")]
+    assert main(store) == 0
+    given = ("--database", place / "database", "--store", place / "store", "--k", 4, "--lam", 0.3)
+    texts = from_neighbours(place, capsys, "model", *given, "--compare")
+    assert list(texts) == ["base", "RETRO + kNN-LM"]
+    assert texts["base"] != texts["RETRO + kNN-LM"]
+
+
+def test_a_database_that_does_not_fit_is_refused(reader, capsys, tokenizer):
+    place, _ = reader
+
+    def refused(*arguments, model="model"):
+        capsys.readouterr()
+        assert main(["generate", str(place / model), "the cat", *map(str, arguments)]) == 2
+        return capsys.readouterr().err
+
+    tiny_model(vocab_size=len(tokenizer)).save_pretrained(place / "plain")
+    tokenizer.save_pretrained(place / "plain")
+    given = ("--database", place / "database")
+    assert "one that retro_fit made, got a LlamaForCausalLM" in refused(*given, model="plain")
+    small = chunk(place)[:-1]
+    assert main(["retro", "chunk", str(place / "small"), *map(str, small), "4"]) == 0
+    assert "4 tokens, got 8" in refused("--database", place / "small")
+    other = train_tokenizer(documents(4), vocab_size=280)
+    other.save_pretrained(place / "other")
+    text = ["--text", str(place / "text"), "--tokenizer", str(place / "other")]
+    assert main(["retro", "chunk", str(place / "foreign"), *text, "--chunk-size", "8"]) == 0
+    assert "must be of the tokenizer in use" in refused("--database", place / "foreign")
+    assert "holds none" in refused("--database", place / "nowhere")
+    assert "give --encoder" in refused(*given, "--retriever", "dense")
+    assert "--align, --retrieval-step says how" in refused(
+        "--align", "right", "--retrieval-step", 2
+    )
+    long = "the cat sat on the mat and the dog"
+    capsys.readouterr()
+    assert (
+        main(["generate", str(place / "model"), long, *map(str, given), "--neighbours", "0"]) == 2
+    )
+    assert "k must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_evaluating_with_and_without_neighbours(reader, capsys):
+    place, model = reader
+    held_out = ("--text", str(place / "news"), "--tokenizer", str(place / "encoder"))
+    test = place / "held-out"
+    assert main(["retro", "chunk", str(test), *held_out, "--chunk-size", "8"]) == 0
+    assert stage(place, "neighbours", "--text", test, "--k", 3) == 0
+    asked = ("--text", test, "--model", place / "model", "--chunks-per-sequence", 2)
+    found = answer(capsys, place, "evaluate", *asked)
+    database, text = ChunkDatabase.open(place / "database"), ChunkDatabase.open(test)
+    table = NeighbourTable.open(test / "neighbours", text, database)
+    data = RetroDataset(text, table, database, chunks_per_sequence=2, k=2)
+    expected = {mode: one.summary() for mode, one in compare_retrieval(model, data).items()}
+    assert found["retrieval"] == expected
+    assert found["overlap"][-1]["on"] == pytest.approx(expected["on"]["bits_per_byte"])
+    curve = place / "curve.svg"
+    assert stage(place, "evaluate", *asked, "--plot", curve) == 0
+    assert "retrieval" in capsys.readouterr().out
+    assert curve.exists()
+    assert stage(place, "evaluate", *asked, "--k", 4) == 2
+    assert "k must lie between 1 and the table's 3, got 4" in capsys.readouterr().err
+    # the verb for perplexity has no neighbours, and says so
+    assert main(["evaluate", str(place / "model"), str(place / "news")]) == 0
+    assert "has none here; `memlm retro evaluate`" in capsys.readouterr().out
+
+
 def test_fitting_a_trained_model(place, capsys, tokenizer):
     base = tiny_model(vocab_size=len(tokenizer))
     base.save_pretrained(place / "base")
@@ -133,6 +277,8 @@ def test_fitting_a_trained_model(place, capsys, tokenizer):
         return json.loads(capsys.readouterr().out)["texts"]
 
     assert written("fit") == written("base")  # nothing is retrieved
+    found = from_neighbours(place, capsys, "fit", "--database", place / "database", "--compare")
+    assert list(found) == ["base", "RETRO"]
     nameless = memlm.retro_fit(base, chunk_size=8)
     base.config.name_or_path = ""
     nameless.save_pretrained(place / "nameless")
@@ -162,9 +308,11 @@ def test_what_is_missing_is_named(place, capsys):
     assert stage(place, "chunk", *chunk(place)[:-1], 4) == 2
     assert "chunk_size is 4 here and 8 there" in capsys.readouterr().err
     assert stage(place, "chunk", *chunk(place)[:-1], 4, "--rebuild") == 0
-    for name, wanted in (("append", "--text"), ("delete", "--names"), ("embed", "--encoder")):
+    for name, wanted in (("append", "--text"), ("delete", "--names"), ("evaluate", "--model")):
         assert stage(place, name) == 2
         assert wanted in capsys.readouterr().err
+    assert stage(place, "embed", "--tokenizer", place / "encoder") == 2
+    assert "give --encoder" in capsys.readouterr().err
     assert stage(place, "index") == 2
     assert "memlm retro embed" in capsys.readouterr().err
     assert stage(place, "neighbours", "--retriever", "dense") == 2
