@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from memlm.data.windows import StrideWindows as StrideWindows
     from memlm.evaluation.perplexity import evaluate as evaluate
     from memlm.evaluation.tune import tune as tune
+    from memlm.explain.provenance import explain_tokens as explain_tokens
     from memlm.extract.build import build_datastore as build_datastore
     from memlm.extract.config import ExtractionConfig as ExtractionConfig
     from memlm.importers.datastore import export_datastore as export_datastore
@@ -108,6 +109,7 @@ _HOME = {
     "compact_store": "memlm.store.rewrite",
     "delete_documents": "memlm.store.deleted",
     "evaluate": "memlm.evaluation.perplexity",
+    "explain_tokens": "memlm.explain.provenance",
     "export_datastore": "memlm.importers.datastore",
     "extend_context": "memlm.models.extend",
     "finetune": "memlm.training.finetune",

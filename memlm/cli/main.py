@@ -18,6 +18,7 @@ from memlm.cli.diagnose import Diagnose
 from memlm.cli.doctor import Doctor
 from memlm.cli.edits import Compact, Delete, Join, Prune
 from memlm.cli.evaluate import Evaluate
+from memlm.cli.explain import Explain
 from memlm.cli.finetune import Finetune
 from memlm.cli.generate import Generate
 from memlm.cli.imports import Import, Push
@@ -43,6 +44,7 @@ _VERBS: dict[str, Any] = {
     "evaluate": Evaluate,
     "sweep": Sweep,
     "generate": Generate,
+    "explain": Explain,
     "translate": Translate,
     "passkey": Passkey,
     "positions": Positions,
@@ -58,8 +60,8 @@ _VERBS: dict[str, Any] = {
     "doctor": Doctor,
 }
 _DESCRIPTION = (
-    "Language models that remember: give a Hugging Face causal language model a datastore "
-    "(kNN-LM, RetoMaton), measure it, generate with it."
+    "Language models that remember: give a Hugging Face model a memory (kNN-LM, RetoMaton, TRIME, "
+    "RETRO, LM-Infinite), or train one with it (TRIME, RETRO, TUPE); measure it, generate with it."
 )
 
 
@@ -84,7 +86,7 @@ def _run(arguments: list[str] | None) -> int:
             prog="memlm",
             description=_DESCRIPTION,
             args=arguments,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
         )
         return verb.run()
     except MemlmError as error:

@@ -73,12 +73,17 @@ class Together:
             query: ``(rows, dim)``.
             state: of all, or None.
         """
+        parts, state = self.read_each(query, state)
+        joined = Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
+        return joined, state
+
+    def read_each(self, query: Tensor, state: Any) -> tuple[list[Candidates], Any]:
+        """As `read`, each member's candidates for themselves."""
         answers = [member.read(query, own) for member, own in self._each(state)]
         parts = [candidates for candidates, _ in answers]
         if self.lams is not None:
             parts = [_weighted(*pair) for pair in zip(parts, self.lams, strict=True)]
-        joined = Candidates(*(torch.cat(part, dim=1) for part in zip(*parts, strict=True)))
-        return joined, self._state([own for _, own in answers], state)
+        return parts, self._state([own for _, own in answers], state)
 
     def score(self, query: Tensor, targets: Tensor, state: Any) -> tuple[TargetPartial, Any]:
         """The mass of all members, and the part of it on known next tokens.
