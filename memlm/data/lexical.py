@@ -8,8 +8,7 @@ will be found in a datastore later: blocks similar in BM25 (Zhong et al. 2022, s
                           none is left, to the next unvisited in a random order
     3. `data.streams`     consecutive blocks of the chain make a batch
 
-BM25 sees token numbers, so any tokenizer and language will do, and no text is needed. A query is
-the block's rarest tokens, each once.
+A query is the block's rarest tokens, each once (`memlm.data.bm25`).
 
 Differs from the paper's code: bm25s instead of Lucene (no stemming, no stop words: rare tokens
 decide anyway); a block is left out of its own neighbours by number, not by being first; numbers
@@ -27,10 +26,8 @@ from numpy.typing import NDArray
 from memlm.core.config import check
 from memlm.core.errors import InputError
 from memlm.core.files import write_atomic
-from memlm.core.optional import require
 from memlm.core.progress import bar
-
-Blocks = Sequence[NDArray[np.integer]]
+from memlm.data.bm25 import Blocks, BlockScores
 
 
 def find_neighbours(
@@ -68,61 +65,19 @@ def find_neighbours(
     check(k >= 1, f"k must be at least 1, got {k}")
     check(query_terms >= 1, f"query_terms must be at least 1, got {query_terms}")
     rows = shard_of(len(blocks), shard, shards)
-    search = BlockScores(blocks, k1=k1, b=b)
-    found = np.full((len(rows), k), -1, np.int64)
+    search = BlockScores(blocks, k1=k1, b=b).search(
+        blocks[rows.start : rows.stop],
+        k,
+        query_terms=query_terms,
+        fewest=2,  # tokens in this block alone say nothing of others
+        without=[slice(number, number + 1) for number in rows],
+    )
+    found = [np.empty((0, k), np.int64)]
     with bar(len(rows), label="neighbours", unit="block", quiet=not progress) as shown:
-        for row, number in enumerate(rows):
-            # tokens in this block alone say nothing of others
-            scores = search(blocks[number], query_terms=query_terms, fewest=2)
-            scores[number] = 0.0
-            best = best_above_zero(scores, k)
-            found[row, : len(best)] = best
-            shown.update(1)
-    return found
-
-
-class BlockScores:
-    """BM25 of every block for a query, over token numbers.
-
-    Args:
-        blocks: token numbers of each block.
-        k1: BM25's saturation of repeated tokens.
-        b: BM25's normalisation by length.
-
-    Raises:
-        MissingExtraError: without bm25s.
-    """
-
-    def __init__(self, blocks: Blocks, *, k1: float = 0.9, b: float = 0.4):
-        bm25s = require("bm25s", extra="bm25", purpose="find similar blocks of text")
-        self._tokens, places = np.unique(np.concatenate(blocks), return_inverse=True)
-        self._blocks = len(blocks)
-        terms = np.split(places, np.cumsum([len(block) for block in blocks])[:-1])
-        self._index = bm25s.BM25(k1=k1, b=b)
-        vocabulary = {str(token): term for term, token in enumerate(self._tokens.tolist())}
-        corpus = bm25s.tokenization.Tokenized(ids=[row.tolist() for row in terms], vocab=vocabulary)
-        self._index.index(corpus, show_progress=False)
-        # blocks that hold each token
-        self._frequency: NDArray[np.int64] = np.diff(self._index.scores["indptr"])
-
-    def __call__(
-        self, query: NDArray[np.integer], *, query_terms: int, fewest: int = 1
-    ) -> NDArray[np.float32]:
-        """Scores of all blocks, ``(blocks,)``; zero for one that shares no token.
-
-        Args:
-            query: token numbers; each counts once, and one that no block holds does not count.
-            query_terms: rarest tokens that are looked up.
-            fewest: blocks a token must stand in to be looked up.
-        """
-        wanted = np.unique(query)
-        places = np.minimum(np.searchsorted(self._tokens, wanted), len(self._tokens) - 1)
-        asked = places[self._tokens[places] == wanted]
-        asked = asked[self._frequency[asked] >= fewest]
-        asked = asked[np.argsort(self._frequency[asked], kind="stable")[:query_terms]]
-        if not len(asked):
-            return np.zeros(self._blocks, np.float32)
-        return self._index.get_scores_from_ids(asked)
+        for part in search:
+            found.append(part.numbers)
+            shown.update(len(part.numbers))
+    return np.concatenate(found)
 
 
 def shard_of(blocks: int, shard: int, shards: int) -> range:
@@ -268,11 +223,3 @@ def write_order(path: str | Path, order: NDArray[np.integer]) -> None:
     """Write an order of blocks so that `read_order` and TRIME's scripts read it."""
     content = json.dumps([int(number) for number in order]).encode()
     write_atomic(Path(path), lambda file: file.write(content))
-
-
-def best_above_zero(scores: NDArray[np.floating], k: int) -> NDArray[np.int64]:
-    """The k highest scores above zero, ties by lower number."""
-    count = min(k, len(scores))
-    least = max(float(np.partition(scores, -count)[-count]), 0.0)
-    candidates = np.flatnonzero((scores >= least) & (scores > 0))
-    return candidates[np.argsort(-scores[candidates], kind="stable")[:k]]

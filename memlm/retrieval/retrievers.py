@@ -24,7 +24,7 @@ from memlm.core.config import check
 from memlm.core.errors import FingerprintError
 from memlm.core.files import fingerprint
 from memlm.core.types import Index, SearchResult
-from memlm.data.lexical import BlockScores, best_above_zero
+from memlm.data.bm25 import BlockScores
 from memlm.index.exclude import Exclusion, search_without
 from memlm.retrieval.chunks import ChunkDatabase
 from memlm.retrieval.embeddings import ChunkEncoder, Embeddings
@@ -97,25 +97,38 @@ class Bm25Retriever:
 
     def search(self, chunks: Chunks, k: int, exclusion: Exclusion | None = None) -> SearchResult:
         """See `Retriever.search`; a chunk that shares no token is never found."""
-        scores = torch.full((len(chunks), k), -torch.inf)
-        ids = torch.full((len(chunks), k), -1, dtype=torch.int64)
-        for row, found in enumerate(self.scores(chunks, exclusion)):
-            best = best_above_zero(found, k)
-            scores[row, : len(best)] = torch.from_numpy(found[best])
-            ids[row, : len(best)] = torch.from_numpy(best)
-        return SearchResult(scores, ids)
-
-    def scores(self, chunks: Chunks, exclusion: Exclusion | None = None):
-        """Scores ``(chunks of the database,)`` for one query after another; 0: not to be found."""
         left_out = _with_deleted(self.database, exclusion)
-        dead = None if left_out is None or left_out.dead is None else left_out.dead.numpy()
-        for row, chunk in enumerate(chunks):
-            found = self._scores(np.asarray(chunk), query_terms=self._query_terms)
-            if dead is not None:
-                found[dead] = 0
-            if left_out is not None and left_out.first is not None and left_out.end is not None:
-                found[int(left_out.first[row]) : int(left_out.end[row])] = 0
-            yield found
+        dead = without = None
+        if left_out is not None:
+            dead = None if left_out.dead is None else left_out.dead.numpy()
+            if left_out.first is not None and left_out.end is not None:
+                ranges = zip(left_out.first.tolist(), left_out.end.tolist(), strict=True)
+                without = [slice(first, end) for first, end in ranges]
+        search = self._scores.search(
+            [np.asarray(chunk) for chunk in chunks],
+            k,
+            query_terms=self._query_terms,
+            without=without,
+            dead=dead,
+        )
+        scores, ids = [torch.empty(0, k)], [torch.empty(0, k, dtype=torch.int64)]
+        for found in search:
+            scores.append(torch.from_numpy(found.scores).float())
+            ids.append(torch.from_numpy(found.numbers))
+        return SearchResult(torch.cat(scores), torch.cat(ids))
+
+    def scores(self, chunks: Chunks, ids: torch.Tensor) -> torch.Tensor:
+        """Scores of some chunks of the database, ``(chunks, any)`` by number, for each query."""
+        return torch.stack(
+            [
+                torch.from_numpy(
+                    self._scores.of(
+                        np.asarray(chunk), numbers.numpy(), query_terms=self._query_terms
+                    )
+                )
+                for chunk, numbers in zip(chunks, ids, strict=True)
+            ]
+        ).float()
 
     def describe(self) -> dict[str, Any]:
         """Kind and settings."""
@@ -193,12 +206,8 @@ class RerankedRetriever:
     def search(self, chunks: Chunks, k: int, exclusion: Exclusion | None = None) -> SearchResult:
         """See `Retriever.search`; equal BM25 scores keep the order of the dense search."""
         candidates = self.dense.search(chunks, max(k, self.recall), exclusion)
-        lexical = torch.stack(
-            [
-                torch.from_numpy(scores)[ids.clamp(min=0)]
-                for scores, ids in zip(self.bm25.scores(chunks), candidates.ids, strict=True)
-            ]
-        ).masked_fill(candidates.ids < 0, -torch.inf)
+        lexical = self.bm25.scores(chunks, candidates.ids.clamp(min=0))
+        lexical = lexical.masked_fill(candidates.ids < 0, -torch.inf)
         order = lexical.argsort(dim=1, descending=True, stable=True)[:, :k]
         return SearchResult(lexical.gather(1, order), candidates.ids.gather(1, order))
 
