@@ -158,6 +158,11 @@ class LocalMemory(Config):
         return self.init_state(len(state.tokens))
 
     @property
+    def reads_leave_state(self) -> bool:
+        """Positions that nobody asks about need not be read."""
+        return True
+
+    @property
     def windowed(self) -> bool:
         """Whether whole windows can be scored at once: for dot products."""
         return self.metric == "ip"

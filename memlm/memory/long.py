@@ -132,6 +132,11 @@ class LongMemory(Config):
         return target_partial(candidates, targets), state
 
     @property
+    def reads_leave_state(self) -> bool:
+        """Positions that nobody asks about need not be read."""
+        return True
+
+    @property
     def windowed(self) -> bool:
         """Whole windows can be scored at once."""
         return True

@@ -140,6 +140,14 @@ class Together:
         )
 
     @property
+    def reads_leave_state(self) -> bool:
+        """Whether a read changes no member's state."""
+        return all(
+            getattr(member, "reads_leave_state", False) or member.init_state(1) is None
+            for member in self.members
+        )
+
+    @property
     def windowed(self) -> bool:
         """Whether whole windows can be scored at once: every member can, or has no state."""
         return all(is_windowed(member) or member.init_state(1) is None for member in self.members)

@@ -8,12 +8,14 @@ read together, in chunks, padding left out. A memory *with* state walks the text
         candidates, state = read(key_t)            what it expects next
 
 also at positions whose logits nobody asked for (``logits_to_keep``), so that a prompt read in one
-go, in pieces or token by token leads to the same state.
+go, in pieces or token by token leads to the same state. A memory whose ``read`` gives the state
+back as it was says so by ``reads_leave_state = True``; it is read only where logits were asked for,
+and observes all positions between them at once. So a prompt costs `generate` one read.
 
 Padding and states: a row is *asleep* at a position that is padding. ``observe`` is then called with
-the keyword ``valid`` ``(rows, 1)``, and must leave sleeping rows as they are; a ``read`` must not
-change rows that were asleep at the ``observe`` before it, and what it says about them is dropped.
-Without padding the keyword is not passed.
+the keyword ``valid`` ``(rows, time)``, and must leave sleeping rows as they are; a ``read`` must
+not change rows that were asleep at the ``observe`` before it, and what it says about them is
+dropped. Without padding the keyword is not passed.
 
 The memory is read without gradient: candidates are constants, and a loss on the merged rows trains
 the base model through its logits.
@@ -91,20 +93,23 @@ def walk_rows(
     for column, place in enumerate(kept):
         wanted.setdefault(place, []).append(column)
     host = None if valid is None else valid.cpu()
-    spoke = False
-    for time in range(tokens.shape[1]):
-        here = slice(time, time + 1)
-        padded = host is not None and not bool(host[:, time].all())
+    spoke, begin, last = False, 0, tokens.shape[1] - 1
+    only_wanted = getattr(memory, "reads_leave_state", False)
+    for time in sorted({*wanted, last}) if only_wanted else range(last + 1):
+        here, begin = slice(begin, time + 1), time + 1
+        padded = host is not None and not bool(host[:, here].all())
         mask = {"valid": valid[:, here]} if padded else {}  # type: ignore[index]
         with torch.no_grad():
             state = memory.observe(tokens[:, here], keys[:, here].detach(), state, **mask)
         if padded and not bool(host[:, time].any()):  # type: ignore[index]
             continue
+        if only_wanted and time not in wanted:
+            continue
         candidates, state = _read(memory, keys[:, time], state, logits.device)
         if time not in wanted:
             continue
         if padded:
-            awake = mask["valid"].to(logits.device)
+            awake = mask["valid"][:, -1:].to(logits.device)
             candidates = candidates._replace(valid=candidates.valid & awake)
         if bool(candidates.valid.any()):
             spoke = True

@@ -77,6 +77,18 @@ def test_memories_grow_while_generating_and_go_on_in_the_next_call():
     assert beams.shape == (2, 8)
 
 
+def test_a_prompt_costs_one_read(store, monkeypatch):
+    """And one for every token that is generated."""
+    model, asked = tiny_model("llama"), []
+    lm = trime(model, store, long=100, k=4)
+    search = memlm.KnnMemory.read
+    monkeypatch.setattr(
+        memlm.KnnMemory, "read", lambda *arguments: asked.append(1) or search(*arguments)
+    )
+    lm.generate(TEXT, min_new_tokens=5, max_new_tokens=5, do_sample=False)
+    assert len(asked) == 5
+
+
 def test_beams_with_memory_do_not_depend_on_the_other_row():
     lm = trime(tiny_model("llama"), long=100)
     state = remember(lm, TEXT, window=16)

@@ -131,14 +131,29 @@ def test_a_prompt_read_for_its_last_logits_leads_to_the_same_state():
     assert last.past_key_values.state == full.past_key_values.state
 
 
-@pytest.mark.parametrize("memory", [Fixed(), Counter()], ids=["fixed", "counter"])
+@pytest.mark.parametrize(
+    "memory", [Fixed(), Counter(), LocalMemory(size=4)], ids=["fixed", "counter", "local"]
+)
 @pytest.mark.parametrize("kept", [1, 4, 9, 20, torch.tensor([0, 5, 5, 2])])
-def test_logits_to_keep_selects_merged_rows(memory, kept):
-    lm, tokens = attach(tiny_model(), memory), tiny_tokens(2, 9)
+@pytest.mark.parametrize("lengths", [[9, 9], [5, 9]])
+def test_logits_to_keep_selects_merged_rows(memory, kept, lengths):
+    lm = attach(tiny_model(), memory)
+    tokens, mask = left_padded(tiny_tokens(2, 9), lengths)
     with torch.no_grad():
-        whole, some = lm(tokens).logits, lm(tokens, logits_to_keep=kept).logits
-    expected = whole[:, -kept:] if isinstance(kept, int) else whole[:, kept]
-    torch.testing.assert_close(some, expected)
+        whole = lm(tokens, attention_mask=mask)
+        some = lm(tokens, attention_mask=mask, logits_to_keep=kept)
+        expected = whole.logits[:, -kept:] if isinstance(kept, int) else whole.logits[:, kept]
+        torch.testing.assert_close(some.logits, expected)
+        if memory.init_state(1) is not None:  # whatever was asked, what comes next is the same
+            after = [
+                lm(
+                    tokens[:, :2],
+                    attention_mask=torch.cat([mask, mask[:, -2:]], 1),
+                    past_key_values=output.past_key_values,
+                ).logits
+                for output in (whole, some)
+            ]
+            torch.testing.assert_close(*after)
 
 
 def test_logits_to_keep_may_differ_between_rows_for_a_memory_without_state():
