@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_fairseq_models import load_case
+from trime_models import UNITS, options_of
 
 from memlm.data.windows import BlockWindows
 from memlm.evaluation.perplexity import evaluate
@@ -16,7 +17,6 @@ from memlm.formats.binarised import read_corpus
 from memlm.formats.dictionary import read_dictionary
 
 PAD = 1
-UNITS = {"none": "stream", "complete": "lines", "eos": "line"}
 
 
 @pytest.fixture
@@ -37,10 +37,10 @@ class Case:
 
     def windows(self, run):
         """Of a run: block size is what the checkpoint's windows leave beside the context."""
-        options = dict(zip(run["argv"], [*run["argv"][1:], ""], strict=True))
-        context = int(options["--context-window"])
+        options = options_of(run["argv"])
+        context = int(options["context-window"])
         block = self.model.config.max_position_embeddings - context
-        return BlockWindows(block, context, UNITS[options["--sample-break-mode"]])
+        return BlockWindows(block, context, UNITS[options["sample-break-mode"]])
 
     def scores(self, name):
         """Of every token, window after window."""

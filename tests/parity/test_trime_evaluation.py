@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from trime_models import load_model, read_args
+from trime_models import UNITS, load_model, options_of, read_args
 
 from memlm.core.merges import Mixture, Union
 from memlm.core.types import SearchResult
@@ -25,19 +25,6 @@ from memlm.memory.together import Together
 from memlm.store.arrays import save_arrays
 
 EOS = 2
-UNITS = {"none": "stream", "complete": "lines", "eos": "line"}
-
-
-def options_of(argv):
-    """``--name value`` and ``--flag`` as a dictionary."""
-    found, name = {}, None
-    for word in argv:
-        if word.startswith("--"):
-            name = word.removeprefix("--")
-            found[name] = True
-        elif name is not None:
-            found[name] = word
-    return found
 
 
 def corpus_of(recorded, samples):
@@ -57,9 +44,16 @@ class Replay:
     def __init__(self, entries, recorded, samples):
         self.entries = entries
         self.answers = [
-            [recorded[f"{n}.knn1.{part}"] for n in range(samples)] for part in ("dists", "ids")
+            [self._scored(recorded, number, part) for number in range(samples)]
+            for part in ("dists", "ids")
         ]
         self.place = 0
+
+    @staticmethod
+    def _scored(recorded, number, part):
+        """Of the scored positions: recorded for the interpolation, else the end of all."""
+        found = recorded.get(f"{number}.knn1.{part}", recorded[f"{number}.knn0.{part}"])
+        return found[-len(recorded[f"{number}.0.tokens"]) :]
 
     def __len__(self):
         return self.entries
@@ -92,14 +86,14 @@ def score(folder, name, run, tmp_path):
     """Our scores of a run's tokens."""
     args, options = read_args(folder), options_of(run["argv"])
     recorded, samples = load_file(folder / f"{name}.safetensors"), len(run["samples"])
-    context = int(options.get("context-window", 0))
+    context = int(options["context-window"])
     windows = BlockWindows(
         block=args["tokens_per_sample"] - context,
         context=context,
         unit=UNITS[options["sample-break-mode"]],
     )
     model, settings = load_model(folder), {}
-    if options.get("mode", "gn") != "lm":
+    if options["mode"] != "lm":
         dim, stored = args["decoder_embed_dim"], np.load(folder / "dstore.npz")
         keys, values = (torch.from_numpy(stored[part]) for part in ("keys", "vals"))
         store = save_arrays(tmp_path / name, keys, values.flatten(), metric="ip")
@@ -113,7 +107,7 @@ def score(folder, name, run, tmp_path):
         if "use-interp" in options:
             second = external(float(options["interp-temp"]))
             settings["interpolate"] = (second, Mixture(float(options["lmbda"])))
-        if options.get("mode") == "li":
+        if options["mode"] == "li":
             lam = re.search(r"cache_lmbda ([\d.]+\d)", (folder / "README.md").read_text())
             settings["merge"] = Mixture(float(lam[1]))
     return evaluate(
@@ -139,7 +133,7 @@ def test_every_run(golden_trime_e2e_eval, tmp_path):
         samples = range(len(run["samples"]))
         expected = torch.cat([recorded[f"{n}{ending}"] for n in samples])
         # a cache without past says nothing; the original then looks at the future
-        skipped = 1 if "li" in run["argv"] else 0
+        skipped = 1 if options_of(run["argv"])["mode"] == "li" else 0
         found = torch.from_numpy(result.token_log_probabilities).float()
         torch.testing.assert_close(
             found[skipped:], expected[skipped:], rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n} {m}"

@@ -18,14 +18,12 @@ WARM, FIXED = "ce_warmup", "fixed_tail_ignore"
 
 def objective_of(args, variant):
     """Our settings for the options of a recorded run."""
-    name, ranks = args["criterion"], 1
-    if name == "trime_long_loss" and args.get("train_mem_size"):
-        ranks = args["train_mem_size"] // args["max_tokens"]
+    name = args["criterion"].removesuffix("_same_device").removesuffix("_loss")
     return Objective(
-        method=name.removesuffix("_same_device").removesuffix("_loss"),
+        method=name,
         drop_own=1.0 if variant == "cross_sent_only" else 0.0,
         warmup_steps=1 if variant == WARM else 0,
-        ranks_per_stream=ranks,
+        ranks_per_stream=args["num_comb_shards"] if name == "trime_long" else 1,
         detach_remote=True,
     )
 

@@ -1,4 +1,4 @@
-"""TRIME's recorded models as ours, and what its criteria make of some targets."""
+"""TRIME's recorded models and runs as ours, and what its criteria make of some targets."""
 
 import json
 
@@ -9,6 +9,32 @@ from memlm.core.types import TargetPartial
 from memlm.importers.adaptive import convert
 
 PAD = 1
+
+
+UNITS = {"none": "stream", "complete": "lines", "eos": "line"}
+# of the evaluation command, where a run does not say otherwise
+DEFAULTS = {
+    "context-window": "0",
+    "sample-break-mode": "none",
+    "mode": "gn",
+    "softmax-temp": "1.0",
+    "mem-size": "0",
+    "k": "1024",
+    "interp-temp": "1.0",
+    "lmbda": "0.0",
+}
+
+
+def options_of(argv):
+    """``--name value`` and ``--flag`` of an evaluation as a dictionary."""
+    found, name = dict(DEFAULTS), None
+    for word in argv:
+        if word.startswith("--"):
+            name = word.removeprefix("--")
+            found[name] = True
+        elif name is not None:
+            found[name] = word
+    return found
 
 
 def read_args(folder):
