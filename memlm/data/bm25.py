@@ -50,7 +50,7 @@ class Found(NamedTuple):
 class BlockScores:
     """BM25 of blocks of tokens.
 
-    Held in memory: 24 bytes for every token of a block (each counted once), and a float32 for every
+    Held in memory: 16 bytes for every token of a block (each counted once), and a float32 for every
     pair of a block and a frequent token; while searching also 32 MiB of sums.
 
     Args:
@@ -69,7 +69,9 @@ class BlockScores:
         index = bm25s.BM25(k1=k1, b=b)
         terms = np.split(places, np.cumsum([len(block) for block in blocks])[:-1])
         vocabulary = {str(token): term for term, token in enumerate(self._tokens.tolist())}
-        corpus = bm25s.tokenization.Tokenized(ids=[row.tolist() for row in terms], vocab=vocabulary)
+        shared = np.arange(len(self._tokens)).astype(object)  # one object a token, not one a place
+        ids = [shared[row].tolist() for row in terms]
+        corpus = bm25s.tokenization.Tokenized(ids=ids, vocab=vocabulary)
         index.index(corpus, show_progress=False)
         by_term = index.scores
         impacts = (np.rint(by_term["data"].astype(np.float64) / _GRID) * _GRID).astype(np.float32)
