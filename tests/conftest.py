@@ -42,9 +42,16 @@ def golden_folders(config, system: str, kind: str) -> list[Path]:
 
 
 def sibling(path: Path, kind: str) -> Path:
-    """The first folder of another kind in the root that ``path`` belongs to."""
+    """The folder of another kind that belongs to ``path``.
+
+    Of as many folders the one at the same place of its list, else the first; a kind that
+    CASES.json does not list is the folder of that name.
+    """
     root = next(parent for parent in path.parents if (parent / "CASES.json").exists())
-    return root / json.loads((root / "CASES.json").read_text(encoding="utf-8"))[kind][0]
+    cases = json.loads((root / "CASES.json").read_text(encoding="utf-8"))
+    own = next((names for names in cases.values() if path.name in names), [path.name])
+    others = cases.get(kind, [kind])
+    return root / others[own.index(path.name) if len(own) == len(others) else 0]
 
 
 def pytest_generate_tests(metafunc):

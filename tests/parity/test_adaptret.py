@@ -7,8 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from memlm.core.types import TargetPartial
 from memlm.evaluation.gate_data import GateData, measure_gate
 from memlm.models.retrieval_gate import GateConfig, RetrievalGate, threshold_at
+from memlm.ops.merge import mixture
 from memlm.training.retrieval_gate import gate_loss
 
 
@@ -57,6 +59,13 @@ def test_perplexity_with_fewer_and_fewer_searches(case):
     assert everywhere.saved == 0
     cutoffs = [int(name.removeprefix("cutoff")) for name in summary if name.startswith("cutoff")]
     assert cutoffs
+    constants = [name for name in summary if name.startswith("ppl_constant_lambda")]
+    for name in constants:
+        lam = float(name.removeprefix("ppl_constant_lambda"))
+        whole = torch.zeros_like(data.model)
+        mixed = mixture(lam, TargetPartial(whole, data.model), TargetPartial(whole, data.memory))
+        nll = float((mixed.lse - mixed.target_lse).double().mean())
+        assert np.exp(nll) == pytest.approx(summary[name], rel=1e-6)
     for percent in cutoffs:
         expected = summary[f"cutoff{percent}"]
         threshold = threshold_at(gate(data.features), percent / 100)

@@ -44,8 +44,10 @@ class Golden:
             sibling(folder, "tiny_gpt2"), dtype=torch.float32
         )
         self.corpus = TokenCorpus.from_tokens(self.arrays["valid_ids"])
-        block = self.arrays["input_ids"].shape[1]
-        self.windows = StrideWindows(block=block, stride=block // 2)
+        labels = self.arrays["labels"]
+        # the second window predicts as many tokens as windows move on by
+        stride = int((labels[min(1, len(labels) - 1)] != -100).sum())
+        self.windows = StrideWindows(block=labels.shape[1], stride=stride)
         self.built = sibling(folder, "dstore_gpt2")
         meta = json.loads((self.built / "meta.json").read_text())
         shape = (meta["n"], meta["dim"])

@@ -38,10 +38,12 @@ UNITS = {"none": "stream", "complete": "lines", "eos": "line"}
 
 def options_of(run):
     parser = argparse.ArgumentParser()
-    for name, kind in {"k": int, "lmbda": float, "probe": int, "min-knns": int}.items():
-        parser.add_argument(f"--{name}", type=kind, default=1)
+    numbers = {"k": 1024, "lmbda": 0.0, "probe": 8, "min-knns": 1, "context-window": 0}
+    for name, default in numbers.items():  # the original's defaults
+        parser.add_argument(f"--{name}", type=type(default), default=default)
     parser.add_argument("--max-knns", type=int)
-    for name in ("sample-break-mode", "indexfile", "members", "knn-sim-func", "context-window"):
+    parser.add_argument("--sample-break-mode", default="none")
+    for name in ("indexfile", "members", "knn-sim-func"):
         parser.add_argument(f"--{name}")
     parser.add_argument("--no-pointer", action="store_true")
     parser.add_argument("--remove-bpe", action="store_true")
@@ -82,7 +84,7 @@ class Golden:
             for split in ("train", "valid")
         }
         self.store = import_datastore(
-            folder / "dstore16",
+            folder,
             scratch / "store",
             entries=self.summary["dstore_size"],
             dim=self.model.config.hidden_size,
@@ -90,7 +92,7 @@ class Golden:
         self.exact = ExactIndex(self.store.load_keys())
 
     def windows(self, options):
-        context = int(options.context_window)
+        context = options.context_window
         block = self.model.config.max_position_embeddings - context
         return BlockWindows(block, context, UNITS[options.sample_break_mode])
 
@@ -106,7 +108,8 @@ class Golden:
         flat = "flat" in options.indexfile
         index = self.exact
         if not flat:
-            index = FaissIndex.from_file(self.folder / "knn.index", nprobe=options.probe)
+            file = self.folder / options.indexfile.split("/")[-1]
+            index = FaissIndex.from_file(file, nprobe=options.probe)
         clusters = None
         if options.members:
             name = options.members.split("/")[-1]

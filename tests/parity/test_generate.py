@@ -1,10 +1,11 @@
 """Generation with a kNN memory against the original: `KNNWrapper` on an exact index.
 
-Token ids agree exactly (greedy and beams of 4), scores to 1e-4. The memory's keys are read where
+Token ids agree exactly (greedy and beams), scores to 1e-4. The memory's keys are read where
 the original read them: the input of the last feed-forward of GPT-2.
 """
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -20,14 +21,10 @@ from memlm.models.taps import find_tap, forward_to_tap
 from memlm.store.arrays import save_arrays
 
 
-class Golden:
-    """The case folder's model, memory and expected arrays."""
+class Recorded:
+    """The model and the datastore that belong to a case folder."""
 
     def __init__(self, folder, scratch):
-        self.expected = {
-            name: torch.from_numpy(a) for name, a in np.load(folder / "arrays.npz").items()
-        }
-        settings = json.loads((folder / "summary.json").read_text())
         built = sibling(folder, "dstore_gpt2")
         meta = json.loads((built / "meta.json").read_text())
         self.keys = np.fromfile(next(built.glob("*_keys.npy")), np.float16)
@@ -37,15 +34,26 @@ class Golden:
             sibling(folder, "tiny_gpt2"), dtype=torch.float32
         )
         values = np.fromfile(next(built.glob("*_vals.npy")), np.int32)
-        store = save_arrays(
+        self.store = save_arrays(
             scratch / "store",
             torch.from_numpy(self.keys),
             torch.from_numpy(values),
             model_hash=model_hash(self.model),
             tap="ffn_input",
         )
-        assert settings["n"] == len(store)
-        memory = KnnMemory(store, k=settings["k"], temperature=settings["T"])
+
+
+class Golden(Recorded):
+    """With the memory of the case and what was generated."""
+
+    def __init__(self, folder, scratch):
+        super().__init__(folder, scratch)
+        self.expected = {
+            name: torch.from_numpy(a) for name, a in np.load(folder / "arrays.npz").items()
+        }
+        settings = json.loads((folder / "summary.json").read_text())
+        assert settings["n"] == len(self.store)
+        memory = KnnMemory(self.store, k=settings["k"], temperature=settings["T"])
         self.lm = attach(self.model, memory, Mixture(settings["lmbda"]))
         self.prompts = self.expected["prompts"]
         new = self.expected["knn_greedy"].shape[1] - self.prompts.shape[1]
@@ -60,6 +68,13 @@ class Golden:
 
     def generate(self, model, **more):
         return model.generate(self.prompts, **self.ask, **more)
+
+    def beams(self, kind):
+        """Numbers of beams of the recorded searches ``<kind>_beam<number>``."""
+        found = (re.fullmatch(rf"{kind}_beam(\d+)", name) for name in self.expected)
+        numbers = [int(match[1]) for match in found if match]
+        assert numbers
+        return numbers
 
 
 @pytest.fixture
@@ -76,18 +91,20 @@ def test_greedy(golden):
 
 
 def test_beams(golden):
-    made = golden.generate(golden.lm, num_beams=4)
-    assert torch.equal(made.sequences, golden.expected["knn_beam4"])
-    torch.testing.assert_close(
-        made.sequences_scores, golden.expected["knn_beam4_seqscore"], atol=1e-4, rtol=0
-    )
+    for number in golden.beams("knn"):
+        made = golden.generate(golden.lm, num_beams=number)
+        expected = golden.expected[f"knn_beam{number}"]
+        assert torch.equal(made.sequences, expected)
+        scores = golden.expected[f"knn_beam{number}_seqscore"]
+        torch.testing.assert_close(made.sequences_scores, scores, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("more", [{}, {"num_beams": 4}], ids=["greedy", "beams"])
-def test_the_model_alone(golden, more):
-    name = "base_beam4" if more else "base_greedy"
-    for model in (golden.model, attach(golden.model, golden.lm.memory, Mixture(0.0))):
-        assert torch.equal(golden.generate(model, **more).sequences, golden.expected[name])
+def test_the_model_alone(golden):
+    runs = {"base_greedy": 1} | {f"base_beam{number}": number for number in golden.beams("base")}
+    for name, number in runs.items():
+        for model in (golden.model, attach(golden.model, golden.lm.memory, Mixture(0.0))):
+            made = golden.generate(model, num_beams=number).sequences
+            assert torch.equal(made, golden.expected[name])
 
 
 def test_the_memory_made_a_difference(golden):
@@ -106,7 +123,7 @@ def test_keys_are_read_where_the_original_read_them(golden):
 def test_forward_scores_equal_the_originals_evaluation(golden_retomaton_eval_gpt2, tmp_path):
     """The attached model's loss and label scores on the evaluation windows."""
     folder = golden_retomaton_eval_gpt2
-    golden = Golden(sibling(folder, "generate_gpt2"), tmp_path)
+    golden = Recorded(folder, tmp_path)
     runs = json.loads((folder / "summary.json").read_text())
     windows = np.load(folder / "windows.npz")
     tokens = torch.from_numpy(windows["input_ids"]).long()
@@ -118,7 +135,7 @@ def test_forward_scores_equal_the_originals_evaluation(golden_retomaton_eval_gpt
         if config.get("kind") != "knn" or config["index"] != "flat":
             continue
         memory = KnnMemory(
-            golden.lm.memory.store, k=config["k"], temperature=config["knn_temp"], recompute=True
+            golden.store, k=config["k"], temperature=config["knn_temp"], recompute=True
         )
         lm = attach(golden.model, memory, Mixture(config["lmbda"]))
         with torch.no_grad():

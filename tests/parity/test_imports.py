@@ -48,7 +48,7 @@ def test_a_store_of_fairseq(golden_retomaton_fairseq_lm, tmp_path):
     store = import_datastore(
         folder,
         tmp_path / "store",
-        index=folder / "knn.index",
+        index=next(folder.glob("*.index")),
         members=next(folder.glob("*_members.pkl")),
     )
     values = raw(next(folder.glob("*_vals.npy")), np.int64)

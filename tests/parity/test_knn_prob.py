@@ -129,7 +129,8 @@ def test_dot_products_keep_their_sign(case):
         candidates, _ = memory.read(case.queries, None)
         rows = torch.log_softmax(token_log_scores(candidates, case.vocab), dim=-1)
         wrong = case.arrays[f"hf_dot_T{temperature}_knn_logprob"]
-        assert (rows - wrong).abs().max() > 1
+        said = (wrong > FLOOR / 2) & rows.isfinite()
+        assert (rows - wrong)[said].abs().max() > 100 * ATOL
 
 
 def test_the_supplied_index_answers_as_it_did(golden_retomaton_dstore_gpt2):
@@ -174,11 +175,12 @@ def test_plain_knn_runs_over_recorded_queries(golden_retomaton_eval_gpt2):
     folder = golden_retomaton_eval_gpt2
     stored = sibling(folder, "dstore_gpt2")
     meta = json.loads((stored / "meta.json").read_text())
-    stem = f"dstore_gpt2_{meta['n']}_{meta['dim']}"
-    keys = np.fromfile(stored / f"{stem}_keys.npy", np.float16).reshape(meta["n"], meta["dim"])
-    values = np.fromfile(stored / f"{stem}_vals.npy", np.int32)
+    keys = np.fromfile(next(stored.glob("*_keys.npy")), np.float16)
+    keys = keys.reshape(meta["n"], meta["dim"])
+    values = np.fromfile(next(stored.glob("*_vals.npy")), np.int32)
     store = MemoryStore(torch.from_numpy(keys), torch.from_numpy(values), shard=2000)
-    recorded = np.load(folder / "flat_min1.npz")
+    files = [np.load(path) for path in sorted(folder.glob("*.npz"))]
+    recorded = next(arrays for arrays in files if "queries" in arrays)
     queries = torch.from_numpy(recorded["queries"])
     labels = torch.from_numpy(recorded["label"]).long()
     base = torch.from_numpy(np.load(folder / "windows.npz")["base_logprob"])
@@ -206,7 +208,7 @@ def test_plain_knn_runs_over_recorded_queries(golden_retomaton_eval_gpt2):
         assert_close(found, torch.from_numpy(expected["logprob"]), rtol=0, atol=ATOL)
         perplexity = float(torch.exp(-found.double().mean()))
         assert perplexity == pytest.approx(summary[name]["ppl_token"], rel=1e-5)
-        if "knns" in expected:
+        if "knns" in expected and len(expected["knns"]) == len(queries) * config["k"]:
             candidates, _ = memory.read(queries, None)
             ids = torch.from_numpy(expected["knns"]).view(len(queries), config["k"])
             assert torch.equal(candidates.ids.sort().values, ids.sort().values)

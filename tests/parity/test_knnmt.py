@@ -96,18 +96,18 @@ def test_taps_and_logits(golden):
 def test_mixtures_and_translations(golden):
     fitting = [k for k in (8, 12) if golden.fits(k)]
     assert len(fitting) == 1
-    for match in golden.settings:
-        lm = golden.attached(match, fitting[0])
-        for beams in (1, 3):
-            expected = golden.arrays[
-                f"gen_{match.group().removeprefix('knn_logits_')}_beams{beams}"
-            ]
-            made = golden.generate(lm, beams, expected.shape[1] - 1)
-            assert torch.equal(made, expected[:, : made.shape[1]])
-    for beams in (1, 3):
-        expected = golden.arrays[f"gen_base_beams{beams}"]
-        made = golden.generate(golden.model, beams, expected.shape[1] - 1)
-        assert torch.equal(made, expected[:, : made.shape[1]])
+    models = {"base": golden.model} | {
+        match.group().removeprefix("knn_logits_"): golden.attached(match, fitting[0])
+        for match in golden.settings
+    }
+    made = set()
+    for name, expected in golden.arrays.items():
+        if found := re.fullmatch(r"gen_(.+)_beams(\d+)", name):
+            length = expected.shape[1] - 1
+            tokens = golden.generate(models[found[1]], int(found[2]), length)
+            assert torch.equal(tokens, expected[:, : tokens.shape[1]]), name
+            made.add(found[1])
+    assert made == set(models)
 
 
 def test_the_bias_belongs_to_the_model(golden):

@@ -5,10 +5,11 @@ Qwen 2), other distance limits, decoding token by token, streaming in chunks, an
 """
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from conftest import sibling
+from lminfinite_models import load_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, DynamicCache
@@ -20,16 +21,27 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-4}
 
 
 class Case:
-    def __init__(self, folder, model):
+    """One folder: its entries, arrays, and the original's model."""
+
+    def __init__(self, folder, family="llama", *, grouped=False):
         self.entries = json.loads((folder / "case.json").read_text())
+        assert self.entries
         self.arrays = load_file(folder / "data.safetensors")
-        self.path = sibling(folder, "models") / model
+        self.load = partial(load_model, folder, family, grouped=grouped)
 
     def model(self, entry, **settings):
-        model = AutoModelForCausalLM.from_pretrained(self.path, dtype=torch.float32).eval()
+        model = self.load()
+        limit = entry.get("limit_distance", entry["local_branch"])
+        settings = {"distance_limit": limit, **settings}
         return extend_context(
             model, window=entry["local_branch"], sinks=entry["global_branch"], **settings
         )
+
+    def vanilla(self):
+        """The model as it is, where its logits were recorded as well."""
+        tokens = self.arrays["input_ids"]
+        with torch.inference_mode():
+            assert_close(self.load()(tokens).logits, self.arrays["vanilla_logits"], **TOLERANCE)
 
     def prefill(self, entry, **settings):
         tokens = self.arrays["input_ids"][:, : entry["length"]]
@@ -86,26 +98,43 @@ def halves(limit):
     return rotate
 
 
+def test_vanilla_models_inside_the_window(golden_lminfinite_models):
+    """Recorded models load as they were, and a window that holds the text changes nothing."""
+    checked = 0
+    for recorded in golden_lminfinite_models.glob("*/base_check.safetensors"):
+        arrays = load_file(recorded)
+        tokens, expected = arrays.pop("input_ids"), *arrays.values()
+        model = AutoModelForCausalLM.from_pretrained(recorded.parent, dtype=torch.float32).eval()
+        with torch.inference_mode():
+            assert_close(model(tokens).logits, expected, **TOLERANCE)
+            extend_context(model, window=tokens.shape[1], sinks=1)
+            assert_close(model(tokens).logits, expected, **TOLERANCE)
+        checked += 1
+    assert checked
+
+
 def test_llama_prefill(golden_lminfinite_llama_prefill):
-    case = Case(golden_lminfinite_llama_prefill, "llama_tiny")
+    case = Case(golden_lminfinite_llama_prefill)
     for entry in case.entries:
         case.prefill(entry)
 
 
 def test_llama_grouped_keys(golden_lminfinite_llama_gqa_prefill):
-    case = Case(golden_lminfinite_llama_gqa_prefill, "llama_gqa_tiny")
+    case = Case(golden_lminfinite_llama_gqa_prefill, grouped=True)
+    case.vanilla()
     for entry in case.entries:
         case.prefill(entry)
 
 
 def test_qwen2_grouped_keys(golden_lminfinite_qwen2_gqa_prefill):
-    case = Case(golden_lminfinite_qwen2_gqa_prefill, "qwen2_gqa_tiny")
+    case = Case(golden_lminfinite_qwen2_gqa_prefill, "qwen2", grouped=True)
+    case.vanilla()
     for entry in case.entries:
         case.prefill(entry)
 
 
 def test_distance_limits(golden_lminfinite_llama_limit_distance):
-    case = Case(golden_lminfinite_llama_limit_distance, "llama_tiny")
+    case = Case(golden_lminfinite_llama_limit_distance)
     for entry in case.entries:
         limit = entry["limit_distance"]
         case.prefill(entry, distance_limit=limit, clamp="original")
@@ -114,7 +143,7 @@ def test_distance_limits(golden_lminfinite_llama_limit_distance):
 
 
 def test_decoding(golden_lminfinite_llama_decode):
-    case = Case(golden_lminfinite_llama_decode, "llama_tiny")
+    case = Case(golden_lminfinite_llama_decode)
     for entry in case.entries:
         tokens = case.arrays["input_ids"][:, : entry["length"]]
         pieces = [entry["prompt"]] + [1] * (entry["length"] - entry["prompt"])
@@ -123,7 +152,7 @@ def test_decoding(golden_lminfinite_llama_decode):
 
 
 def test_streaming(golden_lminfinite_llama_streaming):
-    case = Case(golden_lminfinite_llama_streaming, "llama_tiny")
+    case = Case(golden_lminfinite_llama_streaming)
     for entry in case.entries:
         tokens = case.arrays["input_ids"][:, : entry["total"]]
         logits = in_pieces(case.model(entry), tokens, entry["chunks"])
@@ -139,7 +168,7 @@ def in_pieces(model, tokens, pieces):
 
 
 def test_generation(golden_lminfinite_llama_generate):
-    case = Case(golden_lminfinite_llama_generate, "llama_tiny")
+    case = Case(golden_lminfinite_llama_generate)
     for entry in case.entries:
         expected = case.arrays[entry["key"]]
         generated = case.model(entry).generate(

@@ -5,10 +5,10 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import torch
 from conftest import sibling
+from lminfinite_models import load_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from memlm.evaluation.continuations import (
     Continuation,
@@ -28,8 +28,7 @@ def read(folder):
 
 
 def prepared(folder, case):
-    path = sibling(folder, "models") / "llama_tiny"
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    model = load_model(folder, "llama")
     extend_context(model, window=case["local_branch"], sinks=case["global_branch"])
     tokenizer = AutoTokenizer.from_pretrained(sibling(folder, "tokenizer"))
     return model, tokenizer

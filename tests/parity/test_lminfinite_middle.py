@@ -8,10 +8,9 @@ import json
 
 import pytest
 import torch
-from conftest import sibling
+from lminfinite_models import load_model
 from safetensors.torch import load_file
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM
 
 from memlm.models.extend import extended
 from memlm.ops.middle_rule import MiddleConfig
@@ -26,8 +25,7 @@ class Case:
         entries = json.loads((folder / "case.json").read_text())
         self.entries = [entry for entry in entries if entry["top_k_attention"]]
         self.arrays = load_file(folder / "data.safetensors")
-        path = sibling(folder, "models") / "llama_tiny"
-        self.model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = load_model(folder, "llama")
 
     def read(self, entry, pieces, *, use_cache=True, **changed):
         tokens = self.arrays["input_ids"][:, : entry["length"]]
@@ -54,9 +52,11 @@ class Case:
         return torch.cat(rows, dim=1)
 
 
-@pytest.mark.parametrize("where", [{}, {"offload": True}, {"capacity": 60}])
+@pytest.mark.parametrize("where", ["device", "offload", "capacity"])
 def test_top_k_beside_lambda_attention(golden_lminfinite_llama_topk, where):
     case = Case(golden_lminfinite_llama_topk)
+    room = max(entry["length"] for entry in case.entries)
+    where = {"device": {}, "offload": {"offload": True}, "capacity": {"capacity": room}}[where]
     modes = {entry["mode"] for entry in case.entries}
     assert modes == {"prefill", "decode"}
     for entry in case.entries:

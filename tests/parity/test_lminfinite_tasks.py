@@ -97,8 +97,10 @@ def test_subsets(golden_lminfinite_pile_dataset, tmp_path):
         if name in ("raw_jsonl", "split_files"):
             continue
         subset, _, rest = name.partition("_")
-        found = re.fullmatch(r"all|max(\d+)_from(\d+)", rest)
-        limit, start = (int(number) if number else None for number in found.groups())
+        limit, start = (
+            int(found[1]) if (found := re.search(rf"{word}(\d+)", rest)) else None
+            for word in ("max", "from")
+        )
         documents = read_pile(tmp_path / "split" / f"{subset}.jsonl", start=start, limit=limit)
         assert [document.text for document in documents] == expected
 
