@@ -56,7 +56,9 @@ def extend_context(
 
     Args:
         model: a causal language model of a family in `memlm.models.extend_families.FAMILIES`, or
-            of another one with rotary positions that passes the probe.
+            of another one with rotary positions that passes the probe; also inside a model with a
+            memory (`memlm.models.attach`) or one that learnt to read neighbours
+            (`memlm.models.retro.fit`).
         window: tokens seen at their true distance; at most the length the model was trained on.
         sinks: first tokens of the sequence that stay visible; the paper's code uses 10 to 100. To
             pin a system prompt, give the number of its tokens; to pin any spans of positions, pairs
@@ -107,18 +109,25 @@ def extend_context(
         raise InputError(
             "the model must not be extended already, but it is; call restore_context(model) first"
         )
-    inner = body(model)
+    base, inner = _innermost(model), body(model)
     layers = attention_layers(inner)
-    check_family(model, inner, layers)
-    check_window(model, layers, None if middle == "kept" else window)
+    check_family(base, inner, layers)
+    check_window(base, layers, None if middle == "kept" else window)
     selected = _selected(middle, window, layers)
-    probe = look(model, inner, uniform_window(model), model.config.model_type in FAMILIES)
-    extension = Extension(model, inner, config, selected, chunk, impl)
+    probe = look(base, inner, uniform_window(base), base.config.model_type in FAMILIES)
+    extension = Extension(base, inner, config, selected, chunk, impl)
     try:
         extension.prove(probe)
     except BaseException:
         extension.undo()
         raise
+    return model
+
+
+def _innermost(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model itself, inside whatever was put around it."""
+    while isinstance(inner := getattr(model, "base", None), PreTrainedModel):
+        model = inner
     return model
 
 

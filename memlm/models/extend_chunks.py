@@ -59,7 +59,7 @@ class ChunkedReading:
                 piece["attention_mask"] = mask[:, : past + end]
             if places is not None:
                 piece["position_ids"] = places[:, begin:end]
-            self.extension.inner(**piece)
+            cache = self.extension.inner(**piece).past_key_values
             begin, end = end, end + self.size
         rest = {**kwargs, name: tokens[:, begin:], "past_key_values": cache}
         return (), rest if places is None else {**rest, "position_ids": places[:, begin:]}
@@ -80,7 +80,8 @@ class ChunkedReading:
             and all(other is None or other is False for other in others)
             and not getattr(extension.inner.config, "output_router_logits", False)
             and extension.is_piecewise
-            # such as the tap of a memory
+            # such as the tap of a memory, or what reads neighbours in front of a layer
             and len(extension.inner._forward_pre_hooks) == 1
             and len(extension.inner._forward_hooks) == 1
+            and not any(part._forward_pre_hooks for part in list(extension.inner.modules())[1:])
         )

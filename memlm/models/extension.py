@@ -168,13 +168,18 @@ class Extension:
                 )
         elif cache is not None:
             self.adopt(cache)
-        elif use_cache:
+        elif use_cache and not _is_checkpointed(module):
             cache = Cache(layers=self.new_layers())
         self.positions = _positions(tokens, given.get("attention_mask"), cache)
         if not torch.compiler.is_compiling():
             _check_positions(given.get("position_ids"), self.positions)
         self.cache = cache
-        if self.adapters:
+        if given.get("document_ids") is not None:
+            raise InputError(
+                "an extended model reads one document per row, got document_ids; read documents "
+                "apart (packed=False) and mark padding in attention_mask"
+            )
+        if self.adapters and not self.adapters[0][2].needs_mask:
             # these bodies build ALiBi for as many tokens as the mask has; adapters do not use it
             given["attention_mask"] = torch.ones_like(self.positions)
         return (), {**given, "past_key_values": cache}
@@ -380,6 +385,11 @@ AttentionInterface.register(_NAME, _attention)
 AttentionInterface.register(_ADAPTED, _attention)
 AttentionMaskInterface.register(_NAME, _no_mask)
 AttentionMaskInterface.register(_ADAPTED, _empty_mask)
+
+
+def _is_checkpointed(module: nn.Module) -> bool:
+    """Whether layers run twice, so that a cache would take in every token twice."""
+    return module.training and bool(getattr(module, "gradient_checkpointing", False))
 
 
 def _positions(tokens: Tensor, mask: Tensor | None, cache: Cache | None) -> Tensor:

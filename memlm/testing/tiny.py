@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-import memlm.models.adaptive.decoder  # noqa: F401  registers its family
+import memlm.models.adaptive.decoder
+import memlm.models.retro.causal_lm  # noqa: F401  registers families of memlm's own
 from memlm.core.errors import InputError
 
 VOCABULARY = 61
@@ -117,6 +118,20 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gptj": {**_GPT, "rotary_dim": 2},
     "granite": {**_GQA, "logits_scaling": 4.0, "embedding_multiplier": 2.0},  # a divisor
     "llama": _GQA,  # rotary, grouped keys and values
+    "memlm_retro": {  # reads neighbours where there are any; its own rotary positions
+        "vocab_size": VOCABULARY,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "head_dim": 4,
+        "encoder_hidden_size": 12,
+        "encoder_num_layers": 1,
+        "cross_attention_layers": [2],
+        "chunk_size": 4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
     "mistral": {**_GQA, "sliding_window": None},
     "mixtral": {**_GQA, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": None},
     "olmo": _GQA,

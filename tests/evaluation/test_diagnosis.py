@@ -26,7 +26,8 @@ def scores(model, tokens, queries):
     return found, states
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# RETRO never makes its weights, so there is nothing to compare with
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"memlm_retro"}))
 def test_probabilities_are_those_of_the_model(family):
     model, tokens, queries = tiny_model(family), tiny_tokens(2, 20), [0, 7, 19]
     found, states = scores(model, tokens, queries)

@@ -31,6 +31,7 @@ def install(
             pinned=() if sliding else pinned,
         )
         groups = query.shape[1] // key.shape[1]
+        dtype = query.dtype
         query, key, value = (x.double() for x in (query, key, value))
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         if middle is not None and not sliding and index in middle.layers(len(extension.layers)):
@@ -45,7 +46,7 @@ def install(
         if softcap:
             scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(~seen, -torch.inf)
-        return (scores.softmax(-1) @ value).float()
+        return (scores.softmax(-1) @ value).to(dtype)
 
     monkeypatch.setattr(extension_class, "attend", attend)
 
@@ -121,6 +122,8 @@ def frequencies(config, index, dim):
         return None
     if family == "smollm3" and not config.no_rope_layers[index]:
         return None
+    if family == "memlm_retro":
+        return base_frequencies(config.rope_theta, config.rotary_dim)
     if family in ("gptj", "codegen"):
         return base_frequencies(10000.0, config.rotary_dim)
     settings = config.rope_parameters

@@ -43,6 +43,17 @@ def logits(model, tokens, **inputs):
         return model(tokens, **inputs).logits
 
 
+def in_pieces(model, tokens, pieces, cache=None):
+    """Logits of all tokens, read in pieces, and the last cache."""
+    rows = []
+    for piece in tokens.split(pieces, dim=1):
+        with torch.inference_mode():
+            output = model(piece, past_key_values=cache, use_cache=True)
+        cache = output.past_key_values
+        rows.append(output.logits)
+    return torch.cat(rows, dim=1), cache
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_lambda_attention(family, monkeypatch):
     model, tokens = tiny_model(family), tiny_tokens(2, LENGTH)
@@ -63,12 +74,7 @@ def test_streaming_positions_are_those_among_the_kept(family, monkeypatch):
         other = logits(model, tokens, use_cache=False)
     extend_context(model, **SETTINGS, clamp="streaming")
     output = logits(model, tokens, use_cache=False)
-    pieces = [
-        logits(model, piece, past_key_values=cache)
-        for cache in [DynamicCache()]
-        for piece in tokens.split([20, 29, 1], dim=1)
-    ]
-    assert_close(torch.cat(pieces, dim=1), output, **TOLERANCE)
+    assert_close(in_pieces(model, tokens, [20, 29, 1], DynamicCache())[0], output, **TOLERANCE)
     install(monkeypatch, Extension, **SETTINGS, limit=None, streaming=True)
     assert_close(output, logits(model, tokens, use_cache=False), **TOLERANCE)
     # layers of Cohere 2 that see sinks have no positions
@@ -98,13 +104,8 @@ def test_pieces_and_single_tokens_are_one_long_forward(model):
     extend_context(model, **SETTINGS)
     whole = logits(model, tokens, use_cache=False)
     for pieces in ([LENGTH], [1, 22, 7, 20], [3] + [1] * (LENGTH - 3)):
-        cache, rows = None, []
-        for piece in tokens.split(pieces, dim=1):
-            with torch.inference_mode():
-                output = model(piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
-            rows.append(output.logits)
-        assert_close(torch.cat(rows, dim=1), whole, **TOLERANCE)
+        output, cache = in_pieces(model, tokens, pieces)
+        assert_close(output, whole, **TOLERANCE)
         assert cache.get_seq_length() == LENGTH
 
 

@@ -1,9 +1,9 @@
 """Attention modules for families that ignore transformers' attention interface.
 
-GPT-J, CodeGen, MPT, Bloom and Falcon compute their attention in the module itself, and a registered
-attention function is silently not called. Here the whole attention module of a block is replaced by
-one with the same weights and Lambda attention inside; nothing of the original is changed, and the
-identical object comes back.
+GPT-J, CodeGen, MPT, Bloom, Falcon and RETRO compute their attention in the module itself, and a
+registered attention function is silently not called. Here the whole attention module of a block is
+replaced by one with the same weights and Lambda attention inside; nothing of the original is
+changed, and the identical object comes back.
 """
 
 from torch import nn
@@ -12,6 +12,7 @@ from memlm.models.adapters.alibi import BloomLambda, MptLambda
 from memlm.models.adapters.attention import AdaptedAttention
 from memlm.models.adapters.falcon import FalconLambda
 from memlm.models.adapters.interleaved import CodeGenLambda, GptjLambda
+from memlm.models.adapters.retro import RetroLambda
 
 # model_type -> (name of its attention module in a block, what replaces it)
 ADAPTERS: dict[str, tuple[str, type[AdaptedAttention]]] = {
@@ -19,6 +20,7 @@ ADAPTERS: dict[str, tuple[str, type[AdaptedAttention]]] = {
     "codegen": ("attn", CodeGenLambda),
     "falcon": ("self_attention", FalconLambda),
     "gptj": ("attn", GptjLambda),
+    "memlm_retro": ("inner", RetroLambda),
     "mpt": ("attn", MptLambda),
 }
 

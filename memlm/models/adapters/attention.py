@@ -18,9 +18,11 @@ class AdaptedAttention(nn.Module):
 
     Attributes:
         real: the module that was replaced; not a submodule.
+        needs_mask: whether the body reads the attention mask for more than its attention.
     """
 
     real: Any
+    needs_mask = False
 
     def __init__(self, real: nn.Module):
         super().__init__()

@@ -58,14 +58,15 @@ class CausalAttention(RetroAttention):
 
     def __init__(self, config: RetroConfig, index: int):
         super().__init__(*_decoder_attention(config))
-        self.index = index
+        self.config = config
+        self.layer_idx = index
 
     def forward(self, x: Tensor, sight: Sight) -> Tensor:
         """``(batch, time, width)`` to the same."""
         query = self.queries(x, sight.turn)
         key, value = self.keys_values(x, sight.turn)
         if sight.cache is not None:
-            key, value = sight.cache.update(key, value, self.index)
+            key, value = sight.cache.update(key, value, self.layer_idx)
         return self.attend(query, key, value, sight.mask, causal=sight.causal)
 
 

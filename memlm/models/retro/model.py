@@ -35,6 +35,7 @@ from memlm.models.retro.encoder import RetroEncoder
 from memlm.models.retro.grid import ChunkGrid, chunk_grid
 from memlm.models.retro.layers import BodyLinear, RetroNorm, additive, make_norm, rotation
 from memlm.models.retro.reading import Reading, check_tokens, neighbours_of
+from memlm.models.running import EXTENDED
 
 
 class RetroPreTrainedModel(PreTrainedModel):
@@ -176,7 +177,7 @@ class RetroModel(RetroPreTrainedModel):
         x = self._place(x, grid.positions)
         sight = Sight(
             rotation(grid.positions[:, None], self.config, x.dtype),
-            sight_mask(grid, real, past, time, x.dtype),
+            None if hasattr(self, EXTENDED) else sight_mask(grid, real, past, time, x.dtype),
             causal=past == 0 and real is None and grid.documents is None,
             cache=cache,
         )

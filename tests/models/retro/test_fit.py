@@ -30,7 +30,7 @@ def fitted(family="llama", *, closed=False, dtype=torch.float64, **changes):
     return model.eval()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"memlm_retro"}))
 def test_closed_or_without_neighbours_it_is_the_base_bit_for_bit(family):
     base = tiny_model(family)
     tokens, neighbours, mask = made_up(2, 11)
