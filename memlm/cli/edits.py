@@ -24,9 +24,11 @@ class Delete:
 
     def run(self) -> int:
         """Delete."""
+        from memlm.core.config import check
         from memlm.store.deleted import delete_documents
         from memlm.store.reader import Datastore
 
+        check(len(self.documents) > 0, "name the numbers of the documents to delete, got none")
         store = delete_documents(Datastore.open(self.store), self.documents)
         dead = 0 if store.dead is None else int(store.dead.sum())
         text = (

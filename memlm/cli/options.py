@@ -108,13 +108,14 @@ context)."""
         from memlm.data.windows import BlockWindows, SlidingWindows, StrideWindows
         from memlm.extract.build import default_windows
 
+        length, stride = self.length, self.stride
         if self.protocol == "sliding":
-            length = self.length or default_windows(model).length
-            return SlidingWindows(length=length, stride=self.stride or max(1, length // 2))
+            length = default_windows(model).length if length is None else length
+            return SlidingWindows(length, max(1, length // 2) if stride is None else stride)
         if self.protocol == "knn-transformers":
-            block = self.length or 1024
-            return StrideWindows(block=block, stride=self.stride or max(1, block // 2))
-        block = self.stride or (self.length or 512) - self.context
+            block = 1024 if length is None else length
+            return StrideWindows(block, max(1, block // 2) if stride is None else stride)
+        block = (512 if length is None else length) - self.context if stride is None else stride
         return BlockWindows(block=block, context=self.context, unit="lines")
 
 
@@ -321,6 +322,13 @@ def load_model(
         # of several processes each takes the GPU of its number
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"the device must be auto, cpu or one that torch can use here, got {device!r}: "
+            f"{_first_line(error)}"
+        ) from error
+    try:
         placed = {} if device_map is None else {"device_map": device_map}
         kind = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM
         model: Any = kind.from_pretrained(name, dtype="auto", **placed)
@@ -345,8 +353,8 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
-            f"the model's folder must hold a tokenizer, but {name!r} has none that loads: "
-            f"{_first_line(error)}"
+            f"the model's folder must hold a tokenizer, but {name!r} has none that loads "
+            f"({_first_line(error).rstrip(' :')}); save the model's own there"
         ) from error
 
 

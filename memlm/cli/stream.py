@@ -68,7 +68,7 @@ class Stream(MiddleOptions, ModelOptions):
 
         refuse_several("memlm stream")
         model, tokenizer = self.load()
-        window = self.window or trained_length(model)
+        window = trained_length(model) if self.window is None else self.window
         clamp = "streaming" if self.positions == "streaming" else "causal"
         middle = self.middle_tokens()
         extend_context(

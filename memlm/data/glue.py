@@ -199,14 +199,23 @@ def _from_rows(
 def _datasets(task: GlueTask, source: str) -> Mapping[str, Any]:
     import datasets
 
-    if Path(source).is_dir():
-        loaded = datasets.load_from_disk(source)
-        check(
-            isinstance(loaded, Mapping),
-            f"{source} must hold several splits, got a single data set",
+    try:
+        loaded: Any = (
+            datasets.load_from_disk(source)
+            if Path(source).is_dir()
+            else datasets.load_dataset(source, task.name)
         )
-        return loaded  # type: ignore[return-value]
-    return datasets.load_dataset(source, task.name)  # type: ignore[return-value]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        said = str(error).splitlines() or [type(error).__name__]
+        raise InputError(
+            f"{source} must be a folder with {_FILES['train']}, a folder that datasets saved, or "
+            f"the name of a data set on the Hub, but is none that can be read ({said[0]})"
+        ) from error
+    check(
+        isinstance(loaded, Mapping),
+        f"{source} must hold several splits, got a single data set",
+    )
+    return loaded
 
 
 def _labels(task: GlueTask, labels: list[Any]) -> NDArray[np.number]:

@@ -145,10 +145,12 @@ def stream_perplexity(
         Points, those of an interrupted run not again.
 
     Raises:
+        InputError: if a number is out of range.
         UnsupportedModelError: if the model is not extended: its cache would grow without end.
         FingerprintError: if ``out`` holds a run of another model or text, or with other settings.
     """
     check(chunk >= 1 and every >= 1, f"chunk and every must be at least 1, got {chunk}, {every}")
+    check(until is None or until >= 1, f"there must be at least 1 token to read, got {until}")
     if not is_extended(model):
         raise UnsupportedModelError(
             "a stream without end needs a model whose cache does not grow, got one that is not "

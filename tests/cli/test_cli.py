@@ -234,6 +234,13 @@ def test_train_follows_recipe_and_changes_and_continues(place, capsys, tmp_path)
         (("cluster", "no-such-store"), "must exist"),
         (("verify", "STORE", "--level", "deep"), "give --model and --text"),
         (("generate", "MODEL", ""), "prompt must not be empty"),
+        (("evaluate", "MODEL", "TEXT", "--device", "gpu"), "the device must be auto, cpu or one"),
+        (("evaluate", "MODEL", "TEXT", "--device", "cuda:9"), "torch can use here, got 'cuda:9'"),
+        (("build", "MODEL", "TEXT", "--out", "OUT", "--length", 0), "length must be at least 1"),
+        (("build", "MODEL", "TEXT", "--out", "OUT", "--stride", 0), "stride must lie between"),
+        (("stream", "MODEL", "TEXT", "--tokens", 0), "at least 1 token to read, got 0"),
+        (("stream", "MODEL", "TEXT", "--window", 0), "window must"),
+        (("delete", "STORE"), "name the numbers of the documents to delete"),
     ],
 )
 def test_mistakes_exit_with_two_and_one_line(arguments, message, place, capsys, tmp_path):

@@ -166,6 +166,9 @@ def test_labels_are_checked(tmp_path):
         read_glue(glue_task("rte"), {"dev": []}, "train")
     with pytest.raises(InputError, match="task must be one of"):
         glue_task("squad")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"must be a folder with train\.tsv, a folder that"):
+        read_glue(glue_task("rte"), tmp_path / "empty", "train")
 
 
 def test_the_protocol():
