@@ -183,7 +183,8 @@ class SentenceEncoder:
     @property
     def dim(self) -> int:
         """Width of an embedding."""
-        return int(self.model.get_sentence_embedding_dimension())
+        renamed = getattr(self.model, "get_embedding_dimension", None)  # the newer name
+        return int((renamed or self.model.get_sentence_embedding_dimension)())
 
     @property
     def fingerprint(self) -> str:
