@@ -6,6 +6,7 @@ A line of text becomes the ids of its words between white space, and ``</s>``.
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError
+from memlm.core.files import write_atomic
 from memlm.data.tokens import TokenCorpus
 
 if TYPE_CHECKING:
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 SPECIALS = ("<s>", "<pad>", "</s>", "<unk>")
 PAD, EOS, UNKNOWN = 1, 2, 3
 _SPACES = re.compile(r"\s+")
+_MULTIPLE = 8  # of which the number of words is one
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,20 @@ class Dictionary:
     def encode(self, line: str) -> list[int]:
         """The ids of a line's words, and ``</s>``."""
         ids = self.ids
-        return [ids.get(word, UNKNOWN) for word in _SPACES.split(line.strip()) if word] + [EOS]
+        return [ids.get(word, UNKNOWN) for word in _words(line)] + [EOS]
 
     def corpus(self, lines: Iterable[str]) -> TokenCorpus:
         """Text as fairseq's preprocessing reads it; see `corpus_of_lines`."""
         encoded = [np.array(self.encode(line), np.int32) for line in lines]
         check(bool(encoded), "a corpus must have at least one line, got none")
         return corpus_of_lines(np.concatenate(encoded), [len(line) for line in encoded])
+
+    def save(self, path: str | Path) -> None:
+        """Write ``dict.txt``, as `read_dictionary` and fairseq read it."""
+        after = len(SPECIALS)
+        counted = zip(self.words[after:], self.counts[after:].tolist(), strict=True)
+        content = "".join(f"{word} {count}\n" for word, count in counted).encode()
+        write_atomic(Path(path), lambda file: file.write(content))
 
     def tokenizer(self) -> "PreTrainedTokenizerFast":
         """A tokenizer of transformers with the same ids.
@@ -93,6 +103,32 @@ def corpus_of_lines(tokens: NDArray[np.integer], sizes: Iterable[int]) -> TokenC
     stream = np.empty(len(tokens) + 1, np.int32)
     stream[0], stream[1:] = EOS, tokens
     return TokenCorpus.from_tokens(stream, np.concatenate([[0], ends]))
+
+
+def build_dictionary(lines: Iterable[str]) -> Dictionary:
+    """The dictionary that fairseq's preprocessing makes of a training text.
+
+    So the vocabularies of published models are made of the published text.
+
+    Args:
+        lines: the text.
+
+    Returns:
+        All its words, the most frequent first, ties in the order of their characters.
+    """
+    found = Counter(dict.fromkeys(SPECIALS, 0))
+    for line in lines:
+        found.update([*_words(line), SPECIALS[EOS]])
+    special = {word: found.pop(word) for word in SPECIALS}
+    ordered = sorted(found.items(), key=lambda item: (-item[1], item[0]))
+    missing = -(len(special) + len(ordered)) % _MULTIPLE
+    filled = [(f"madeupword{number:04d}", 0) for number in range(missing)]
+    words, counts = zip(*special.items(), *ordered, *filled, strict=True)
+    return Dictionary(words, np.array(counts, np.int64))
+
+
+def _words(line: str) -> list[str]:
+    return [word for word in _SPACES.split(line.strip()) if word]
 
 
 def read_dictionary(path: str | Path) -> Dictionary:

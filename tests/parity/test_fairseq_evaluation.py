@@ -14,7 +14,7 @@ from memlm.evaluation.perplexity import evaluate
 from memlm.extract.build import build_datastore
 from memlm.extract.config import ExtractionConfig
 from memlm.formats.binarised import read_corpus
-from memlm.formats.dictionary import read_dictionary
+from memlm.formats.dictionary import build_dictionary, read_dictionary
 
 PAD = 1
 
@@ -57,6 +57,12 @@ def test_binarised_text_is_the_text_through_the_dictionary(case):
         lines = (case.folder / f"{split}.txt").read_text().splitlines()
         assert corpus.hash == words.corpus(lines).hash
         assert corpus.documents == len(lines)
+
+
+def test_the_dictionary_is_made_of_the_training_text(case, tmp_path):
+    lines = (case.folder / "train.txt").read_text().splitlines()
+    build_dictionary(lines).save(tmp_path / "dict.txt")
+    assert (tmp_path / "dict.txt").read_bytes() == (case.binarised / "dict.txt").read_bytes()
 
 
 def test_windows(case):
