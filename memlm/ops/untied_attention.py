@@ -15,20 +15,26 @@ Three exact implementations:
   the sum. theta_1 is left out: a constant over a whole row cancels in the softmax. Padding and
   documents are folded too: one coordinate is a large negative number times 1 for keys out of sight
   and times 0 otherwise, so nothing else loses a bit. No T x T tensor is made; with a bucket bias
-  (heads, T, T), never one per batch row.
+  (heads, T, T), never one per batch row: where torch's attention would make one (a bias of every
+  row's own; on a CPU also to learn the bias, and for dropout), queries are taken a block at a time,
+  and once more on the way back.
 * ``"flex"``: the folded queries and keys under FlexAttention, the bucket bias as its score_mod:
   no T x T tensor at all. Fused on CUDA, where it is compiled; elsewhere torch runs it unfused.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from memlm.core.errors import InputError
 
 Impl = Literal["auto", "reference", "folded", "flex"]
+
+_BLOCK = 2**22  # scores at a time, where queries are taken in blocks: 16 MB in float32
 
 
 class PositionTerms(NamedTuple):
@@ -58,18 +64,6 @@ class PositionTerms(NamedTuple):
     by_offset: Tensor | None
     shared_bias: Tensor | None
 
-    def row(self, number: int) -> "PositionTerms":
-        """The terms of one row of the batch."""
-        if self.positions.shape[0] == 1:
-            return self
-        at = slice(number, number + 1)
-        return self._replace(
-            query=None if self.query is None else self.query[at],
-            key=None if self.key is None else self.key[at],
-            positions=self.positions[at],
-            untied=None if self.untied is None else self.untied[at],
-        )
-
 
 class Sight(NamedTuple):
     """Which keys a query may see, beside the positions; each part is optional.
@@ -91,11 +85,15 @@ def offset_bias(terms: PositionTerms, queries: int) -> Tensor:
     """The bucket bias of every pair, ``(rows, heads, queries, time)``; zero at untied tokens."""
     if terms.by_offset is None:
         raise InputError("these position terms have no relative part")
-    reach = terms.by_offset.shape[1] // 2
-    offset = terms.positions[:, None, :] - terms.positions[:, -queries:, None]
-    bias = terms.by_offset[:, offset.clamp(-reach, reach) + reach].transpose(0, 1)
+    return _offset_bias(terms, terms.by_offset, slice(-queries, None))
+
+
+def _offset_bias(terms: PositionTerms, by_offset: Tensor, asking: slice) -> Tensor:
+    reach = by_offset.shape[1] // 2
+    offset = terms.positions[:, None, :] - terms.positions[:, asking, None]
+    bias = by_offset[:, offset.clamp(-reach, reach) + reach].transpose(0, 1)
     if terms.untied is not None:
-        loose = terms.untied[:, -queries:, None] | terms.untied[:, None, :]
+        loose = terms.untied[:, asking, None] | terms.untied[:, None, :]
         bias = bias.masked_fill(loose[:, None], 0.0)
     return bias
 
@@ -173,10 +171,7 @@ def untied_attention(
     if impl in ("auto", "folded"):
         return _folded(query, key, value, terms, scale, sight, dropout)
     if impl == "flex":
-        if dropout:
-            raise InputError(
-                f"impl 'flex' must have no attention dropout, got {dropout}; use 'folded'"
-            )
+        _check_flex(dropout, query, key, value)
         return _flex(query, key, value, terms, scale, sight)
     raise InputError(f"impl must be 'auto', 'reference', 'folded' or 'flex', got {impl!r}")
 
@@ -205,10 +200,7 @@ def reference_attention(
     mask = sight_mask(sight, queries, time, query.device)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    work = torch.promote_types(scores.dtype, torch.float32)
-    empty = torch.isneginf(scores).all(-1, keepdim=True)
-    weights = torch.softmax(scores.masked_fill(empty, 0.0).to(work), dim=-1)
-    weights = weights.masked_fill(empty, 0.0).to(value.dtype)
+    weights = _softmax(scores, value.dtype)
     return F.dropout(weights, dropout, training=dropout > 0) @ value, weights
 
 
@@ -222,35 +214,20 @@ def _folded(
     dropout: float,
 ) -> Tensor:
     queries, time = query.shape[2], key.shape[2]
-    if query.shape[0] > 1 and terms is not None and _biased_by_row(terms, sight):
-        # a bias of its own for every row: one row at a time, so that (heads, T, T) is the most held
-        return torch.cat(
-            [
-                _folded(
-                    query[i : i + 1],
-                    key[i : i + 1],
-                    value[i : i + 1],
-                    terms.row(i),
-                    scale,
-                    _sight_row(sight, i),
-                    dropout,
-                )
-                for i in range(query.shape[0])
-            ]
-        )
     query, key = fold(query, key, terms, scale, sight)
     causal = sight.causal and queries > 1
+    rest = Sight(causal=causal, visible=sight.visible)  # what is not folded
+    if _in_blocks(query, terms, sight, dropout):
+        return _blocks(query, key, value, terms, scale, rest, dropout)
     mask = sight.visible
     if terms is not None and terms.by_offset is not None:
         bias = terms.shared_bias
         bias = offset_bias(terms, queries) if bias is None else bias[None, :, -queries:]
-        if causal or mask is not None:
-            mask = sight_mask(Sight(causal=causal, visible=mask), queries, time, query.device)
-            bias = bias.masked_fill(~mask, -torch.inf) if mask is not None else bias
+        seen = sight_mask(rest, queries, time, query.device)
+        bias = bias if seen is None else bias.masked_fill(~seen, -torch.inf)
         mask, causal = bias.to(query.dtype), False
     elif causal and (queries != time or mask is not None):
-        mask = sight_mask(Sight(causal=True, visible=mask), queries, time, query.device)
-        causal = False
+        mask, causal = sight_mask(rest, queries, time, query.device), False
     # kernels that hold no table of scores want values as wide as keys
     width = value.shape[-1]
     value = F.pad(value, (0, query.shape[-1] - width))
@@ -258,6 +235,75 @@ def _folded(
         query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale
     )
     return output[..., :width]
+
+
+def _in_blocks(query: Tensor, terms: PositionTerms | None, sight: Sight, dropout: float) -> bool:
+    """Whether torch's attention would hold a table of scores for every row of the batch."""
+    bias = None if terms is None else terms.by_offset
+    if bias is not None and terms is not None and query.shape[0] > 1:
+        visible = sight.visible is not None and sight.visible.shape[0] > 1
+        if visible or terms.positions.shape[0] > 1:
+            return True
+    learnt = bias is not None and bias.requires_grad and torch.is_grad_enabled()
+    return not query.is_cuda and (learnt or dropout > 0)
+
+
+def _blocks(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    terms: PositionTerms | None,
+    scale: float,
+    sight: Sight,
+    dropout: float,
+) -> Tensor:
+    """Attention of folded queries and keys, some queries at a time; backward, again so."""
+    batch, heads, queries, _ = query.shape
+    time = key.shape[2]
+    first = time - queries
+    most = max(1, _BLOCK // (batch * heads * time))
+    size = -(-queries // -(-queries // most))  # all about equally many
+    by_offset = None if terms is None else terms.by_offset
+    shared = None if terms is None else terms.shared_bias
+
+    def attend(asked: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, begin: int):
+        at = slice(first + begin, first + begin + asked.shape[2])
+        scores = (asked * scale) @ key.transpose(-1, -2)
+        if bias is not None and terms is not None:
+            added = bias if shared is not None else _offset_bias(terms, bias, at)
+            scores = scores + added.to(scores.dtype)
+        visible = sight.visible
+        if visible is not None:
+            scores = scores.masked_fill(~visible[:, :, begin : begin + asked.shape[2]], -torch.inf)
+        if sight.causal:
+            place = torch.arange(time, device=asked.device)
+            scores = scores.masked_fill(place > place[at, None], -torch.inf)
+        return F.dropout(_softmax(scores, value.dtype), dropout, training=dropout > 0) @ value
+
+    asked = query.split(size, dim=2)
+    biases: Sequence[Tensor | None] = [by_offset] * len(asked)
+    if shared is not None:
+        biases = shared[:, -queries:].split(size, dim=1)
+    outputs, begin = [], 0
+    for one, bias in zip(asked, biases, strict=True):
+        outputs.append(
+            checkpoint(
+                attend, one, key, value, bias, begin,
+                use_reentrant=False, preserve_rng_state=dropout > 0,
+            )
+            if torch.is_grad_enabled()
+            else attend(one, key, value, bias, begin)
+        )  # fmt: skip
+        begin += one.shape[2]
+    return torch.cat(outputs, dim=2)
+
+
+def _softmax(scores: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights of scores; a row that sees nothing has none."""
+    work = torch.promote_types(scores.dtype, torch.float32)
+    empty = torch.isneginf(scores).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(empty, 0.0).to(work), dim=-1)
+    return weights.masked_fill(empty, 0.0).to(dtype)
 
 
 def fold(
@@ -343,31 +389,21 @@ def _flex(
     return run(query, key, value, score_mod=modify, scale=scale)  # type: ignore[return-value]
 
 
-def _biased_by_row(terms: PositionTerms, sight: Sight) -> bool:
-    several = terms.positions.shape[0] > 1 or sight.visible is not None
-    return terms.by_offset is not None and several
-
-
 def _out_of_sight(dtype: torch.dtype, scale: float) -> float:
     """A coordinate whose score vanishes under any softmax and which the dtype can hold."""
     return -min(1e5 / scale, torch.finfo(dtype).max / 4)
 
 
-def _sight_row(sight: Sight, number: int) -> Sight:
-    at = slice(number, number + 1)
-    visible = sight.visible
-    if visible is not None and visible.shape[0] > 1:
-        visible = visible[at]
-    return Sight(
-        None if sight.valid is None else sight.valid[at],
-        None if sight.documents is None else sight.documents[at],
-        sight.causal,
-        visible,
-    )
-
-
 def _both(first: Tensor | None, second: Tensor) -> Tensor:
     return second if first is None else first & second
+
+
+def _check_flex(dropout: float, *parts: Tensor) -> None:
+    if dropout:
+        raise InputError(f"impl 'flex' must have no attention dropout, got {dropout}; use 'folded'")
+    learning = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+    if learning and parts[0].device.type == "cpu":
+        raise InputError("impl 'flex' must not learn on a CPU: torch cannot; use 'folded'")
 
 
 def _check_shapes(query: Tensor, key: Tensor, terms: PositionTerms | None) -> None:

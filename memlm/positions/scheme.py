@@ -1,14 +1,13 @@
 """Position schemes of an encoder, as one switch: the rows of the table in TUPE (Ke et al. 2021).
 
-    name              absolute   relative  reset   scores of a layer, with s = (terms * head
-    width)^-1/2 bert-a            added      -         -       s (x_i + p_i) W_Q . (x_j + p_j) W_K
-          terms = 1 bert-r            added      buckets   -       the same, + b_{j-i}
-                    terms = 1
-    bert-a-d          crossed    -         -       s (x_i W_Q + p_i U_Q) . (x_j W_K + p_j U_K)
-    terms = 4 tupe-a            untied     -         yes     s (x_i W_Q . x_j W_K + p_i U_Q . p_j
-    U_K)    terms = 2 tupe-r            untied     buckets   yes     the same, + b_{j-i}
-                terms = 2 tupe-a-tie-cls    untied     -         -       as tupe-a, position 0 is
-                like any other     terms = 2
+With s = (terms * head width)^-1/2, the scores of a layer are
+
+    bert-a          s (x_i + p_i) W_Q . (x_j + p_j) W_K                    terms 1
+    bert-r          the same + b_{j-i}                                     terms 1
+    bert-a-d        s (x_i W_Q + p_i U_Q) . (x_j W_K + p_j U_K)            terms 4
+    tupe-a          s (x_i W_Q . x_j W_K + p_i U_Q . p_j U_K), with reset  terms 2
+    tupe-r          the same + b_{j-i}                                     terms 2
+    tupe-a-tie-cls  as tupe-a, without reset                               terms 2
 
 ``reset`` cuts the untied tokens ([CLS]) loose: they see no positions, and everyone sees them
 through one learned number per head. The bucket term is neither scaled nor counted in ``terms``.

@@ -1,5 +1,6 @@
 """Fast paths of untied attention against the table written out."""
 
+import math
 import warnings
 
 import pytest
@@ -16,6 +17,7 @@ from memlm.positions.untied import UntiedPositions
 HEADS, DIM = 2, 8
 MADE_HERE = [name for name, scheme in SCHEMES.items() if scheme.absolute == "untied"]
 MADE_HERE.append("bert-r")
+SOME = ("left padding", "packing and padding", "causal")  # for what is slow on a CPU
 
 
 def positions_of(name, *, bidirectional=True, length=32, dtype=torch.float32):
@@ -102,53 +104,124 @@ def test_on_a_gpu_it_is_reference(name, impl, dtype):
             assert difference.max() < 2e-3, label
 
 
-def test_bfloat16_is_near():
+@pytest.mark.parametrize(
+    ("name", "impl"), [*((name, "folded") for name in MADE_HERE), ("tupe-r", "flex")]
+)
+def test_bfloat16_is_near(name, impl):
+    """Against the reference in float32 on the same rounded numbers."""
     for label, sight, ids in sights(3, 24):
-        found, wanted = both("tupe-r", "folded", 24, sight, ids, dtype=torch.bfloat16)
-        assert (found - wanted).abs().mean() < 2e-2, label
+        if impl == "flex" and label not in SOME:
+            continue
+        made = positions_of(name, bidirectional=not sight.causal, dtype=torch.bfloat16)
+        parts = content(3, 24, 24, torch.bfloat16)
+        arguments = {"scale": made.scale, "sight": sight}
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # flex says that it is not fused on a CPU
+            terms = made(24, position_ids=ids)
+            found = untied_attention(*parts, terms, **arguments, impl=impl)
+            assert found.dtype == torch.bfloat16
+            exact = terms._replace(
+                **{
+                    part: value.float()
+                    for part, value in terms._asdict().items()
+                    if value is not None and value.is_floating_point()
+                }
+            )
+            parts = [part.float() for part in parts]
+            wanted = untied_attention(*parts, exact, **arguments, impl="reference")
+        real = torch.ones(3, 24, dtype=torch.bool) if sight.valid is None else sight.valid
+        real = real[:, None].expand(-1, HEADS, -1)
+        assert (found.float() - wanted)[real].abs().max() < 2e-2, label
+
+
+def gradients(name, impl, sight, ids, dtype=torch.float64, device="cpu"):
+    """Of everything that learns, by name, from the outputs of real tokens."""
+    time = 9
+    made = positions_of(name, dtype=dtype, bidirectional=not sight.causal).to(device)
+    parts = [part.to(device).requires_grad_() for part in content(3, time, time, dtype)]
+    ids, valid, documents, visible = (
+        None if part is None else part.to(device)
+        for part in (ids, sight.valid, sight.documents, sight.visible)
+    )
+    sight = Sight(valid, documents, sight.causal, visible)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # flex says that it is not fused on a CPU
+        output = untied_attention(
+            *parts, made(time, position_ids=ids), scale=made.scale, sight=sight, impl=impl
+        )
+    real = torch.ones(3, time, dtype=torch.bool, device=device) if valid is None else valid
+    output[real[:, None].expand(-1, HEADS, -1)].square().sum().backward()
+    found = dict(zip(("q", "k", "v"), (part.grad for part in parts), strict=True))
+    for weight, parameter in made.named_parameters():
+        grad = parameter.grad
+        found[weight] = torch.zeros_like(parameter) if grad is None else grad
+    return {weight: grad.cpu() for weight, grad in found.items()}
+
+
+def check_gradients(name, impl, dtype, atol, rtol, device="cpu", labels=None):
+    """Of an implementation against the reference, for everything that may be seen."""
+    for label, sight, ids in sights(3, 9):
+        if labels and label not in labels:
+            continue
+        wanted = gradients(name, "reference", sight, ids, dtype, device)
+        for weight, grad in gradients(name, impl, sight, ids, dtype, device).items():
+            torch.testing.assert_close(
+                grad, wanted[weight], atol=atol, rtol=rtol,
+                msg=lambda m, x=f"{label}, {weight}: ": x + m,
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MADE_HERE)
+@pytest.mark.parametrize("block", [300, 2**22])
+def test_gradients_agree(name, block, monkeypatch):
+    monkeypatch.setattr("memlm.ops.untied_attention._BLOCK", block)
+    check_gradients(name, "folded", torch.float64, 1e-10, 1e-8)
+
+
+def test_gradients_of_flex_agree(monkeypatch):
+    # torch refuses to learn with it on a CPU, where it can: unfused, as a forward pass is there
+    monkeypatch.setattr("memlm.ops.untied_attention._check_flex", lambda *_: None)
+    inside = "torch.nn.attention.flex_attention._validate_device"
+    monkeypatch.setattr(inside, lambda *_: None, raising=False)
+    check_gradients("tupe-r", "flex", torch.float32, 1e-4, 1e-4, labels=SOME)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["tupe-a", "tupe-r"])
+@pytest.mark.parametrize("name", MADE_HERE)
 @pytest.mark.parametrize("impl", ["folded", "flex"])
 def test_gradients_on_a_gpu(name, impl):
-    found = {}
-    for one in ("reference", impl):
-        made = positions_of(name).cuda()
-        query, key, value = (part.cuda() for part in content(2, 9, 9))
-        query.requires_grad_()
-        output = untied_attention(query, key, value, made(9), scale=made.scale, impl=one)
-        output.square().sum().backward()
-        found[one] = [query.grad, *(parameter.grad for parameter in made.parameters())]
-    for fast, slow in zip(found[impl], found["reference"], strict=True):
-        fast = torch.zeros_like(slow) if fast is None else fast
-        torch.testing.assert_close(fast, slow, atol=2e-3, rtol=1e-2)
+    check_gradients(name, impl, torch.float32, 2e-3, 1e-2, "cuda")
 
 
 @pytest.mark.parametrize("name", ["tupe-a", "tupe-r"])
-def test_gradients_agree(name):
-    found = {}
-    for impl in ("reference", "folded"):
-        made = positions_of(name, dtype=torch.float64)
-        query, key, value = content(2, 9, 9, torch.float64)
-        query.requires_grad_()
-        valid = torch.arange(9) < torch.tensor([[9], [5]])
-        output = untied_attention(
-            query, key, value, made(9), scale=made.scale, sight=Sight(valid=valid), impl=impl
+def test_what_learns_nothing(name):
+    rows = gradients(name, "reference", Sight(), None)["positions.weight"]
+    assert rows[1].abs().max() > 0
+    assert rows[0].abs().max() < 1e-12 * rows[1].abs().max() + 1e-14  # theta_1
+    assert (rows[10:] == 0).all()  # positions that no token has
+
+
+@pytest.mark.parametrize("block", [100, 2**22])
+def test_what_dropout_leaves_out_is_left_out_on_the_way_back(block, monkeypatch):
+    monkeypatch.setattr("memlm.ops.untied_attention._BLOCK", block)
+    made = positions_of("tupe-r", dtype=torch.float64)
+
+    def attend(query, table):
+        torch.manual_seed(5)
+        terms = made(6)._replace(shared_bias=None, by_offset=table)
+        parts = content(2, 6, 6, torch.float64)[1:]
+        return untied_attention(query, *parts, terms, scale=made.scale, dropout=0.4)
+
+    query = content(2, 6, 6, torch.float64)[0].requires_grad_()
+    table = made(6).by_offset.detach().requires_grad_()
+    assert torch.autograd.gradcheck(attend, (query, table))
+    with torch.no_grad():
+        dropped = torch.stack([attend(query, table) for _ in range(2)])
+        assert torch.equal(*dropped)
+        whole = untied_attention(
+            query, *content(2, 6, 6, torch.float64)[1:], made(6), scale=made.scale
         )
-        output[valid[:, None].expand(-1, HEADS, -1)].square().sum().backward()
-        found[impl] = [query.grad, *(parameter.grad for parameter in made.parameters())]
-    for name_, fast, slow in zip(
-        ["query", *dict(made.named_parameters())], found["folded"], found["reference"], strict=True
-    ):
-        fast = torch.zeros_like(slow) if fast is None else fast
-        if name_.startswith("query") and fast.ndim == 4:
-            valid4 = valid[:, None, :, None]
-            fast, slow = fast * valid4, slow * valid4
-        torch.testing.assert_close(fast, slow, atol=1e-10, rtol=1e-8, msg=lambda m, n=name_: n + m)
-    rows = made.positions.weight.grad
-    assert rows[0].abs().max() < 1e-12 * rows[1].abs().max() + 1e-14  # theta_1 changes nothing
-    assert (rows[10:] == 0).all()
+        assert (dropped[0] - whole).abs().mean() > 0.05
 
 
 def test_decoding_reads_the_last_rows():
@@ -182,21 +255,43 @@ class _Largest(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 @pytest.mark.parametrize("name", ["tupe-a", "tupe-r"])
-def test_no_table_per_batch_row(name):
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_no_table_per_batch_row(name, learning, packed, dropout, monkeypatch):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    batch, time = 3, 37
-    made = positions_of(name, length=64)
-    query, key, value = content(batch, time, time)
-    valid = torch.arange(time) < torch.tensor([[37], [20], [5]])
-    with torch.no_grad(), _Largest() as seen, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        untied_attention(
-            query, key, value, made(time), scale=made.scale, sight=Sight(valid=valid), impl="folded"
+    monkeypatch.setattr("memlm.ops.untied_attention._BLOCK", 10_000)
+    batch, time = 3, 101
+    made = positions_of(name, length=128)
+    parts = [part.requires_grad_() for part in content(batch, time, time)]
+    sight, ids = Sight(valid=torch.arange(time) < torch.tensor([[time], [20], [5]])), None
+    if packed:
+        documents = (torch.arange(time) >= torch.tensor([[5], [20], [30]])).long()
+        ids = position_ids_of(torch.ones_like(documents), documents)
+        sight = Sight(documents=documents)
+    with (
+        torch.set_grad_enabled(learning),
+        _Largest() as seen,
+        sdpa_kernel(SDPBackend.FLASH_ATTENTION),
+    ):
+        terms = made(time, position_ids=ids)
+        output = untied_attention(
+            *parts, terms, scale=made.scale, sight=sight, dropout=dropout, impl="folded"
         )
-    squares = {shape for shape in seen.shapes if shape[-2:] == (time, time)}
-    assert (batch, HEADS, time, time) not in squares
-    if name == "tupe-a":
-        assert not squares
+        if learning:
+            output.sum().backward()
+    largest = max(math.prod(shape) for shape in seen.shapes if len(shape) > 1 and shape[-1] == time)
+    assert largest <= HEADS * time * time  # of all rows together
+    if not dropout and name == "tupe-a":
+        assert not {shape for shape in seen.shapes if shape[-2:] == (time, time)}
+
+
+def test_a_table_would_be_seen():
+    made = positions_of("tupe-a")
+    with torch.no_grad(), _Largest() as seen:
+        untied_attention(*content(3, 9, 9), made(9), scale=made.scale, impl="reference")
+    assert (3, HEADS, 9, 9) in seen.shapes
 
 
 @given(time=st.integers(1, 12), extra=st.integers(0, 6), name=st.sampled_from(MADE_HERE))
@@ -249,4 +344,6 @@ def test_bad_inputs():
         untied_attention(key, query[:, :, :2], value[:, :, :2], None, scale=1.0)
     with pytest.raises(InputError, match="no attention dropout"):
         untied_attention(query, key, value, made(4), scale=1.0, dropout=0.1, impl="flex")
+    with pytest.raises(InputError, match="'flex' must not learn on a CPU"):
+        untied_attention(query, key, value.requires_grad_(), made(4), scale=1.0, impl="flex")
     assert fold(query, key, None, 1.0, Sight()) == (query, key)
