@@ -26,7 +26,7 @@ class Explain(InterpolationOptions, ModelOptions):
     source_tokens: int = 12
     """Tokens shown before a source's token."""
     html: str | None = None
-    """Write a page on which every token opens to its sources."""
+    """Write a page on which every token shows its sources."""
     save: str | None = None
     """Write everything as JSON to this file."""
     json: bool = False

@@ -1,7 +1,7 @@
 """Explanations for a person: a table for the terminal, or one static page that loads nothing.
 
-On the page the text is coloured by what the memory changed, ``log p with - log p without``; a token
-opens to show where it came from.
+On the page the text is coloured by what the memory changed, ``log p with - log p without``; under a
+token that is pointed at or clicked stands where it came from.
 """
 
 import html
@@ -19,13 +19,13 @@ from memlm.explain.provenance import Explanation, Source
 _STRONGEST = 3.0  # nats at which a colour is full
 _STYLE = """
 body { font: 16px/1.7 sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; }
-main { white-space: pre-wrap; }
-details, summary { display: inline; }
-summary { cursor: pointer; border-radius: 3px; list-style: none; }
-summary::-webkit-details-marker { display: none; }
-details[open] summary { outline: 2px solid #555; }
-details > div { white-space: normal; border: 1px solid #bbb; border-radius: 6px;
-  padding: .4em .8em; margin: .3em 0; background: #fafafa; font-size: 14px; line-height: 1.5; }
+main { white-space: pre-wrap; position: relative; }
+.token { border-radius: 3px; cursor: pointer; }
+.token:focus { outline: 2px solid #555; }
+aside { display: none; position: absolute; left: 0; right: 0; z-index: 1; white-space: normal;
+  border: 1px solid #bbb; border-radius: 6px; padding: .4em .8em; background: #fafafa;
+  font-size: 14px; line-height: 1.5; }
+.token:hover + aside, .token:focus + aside, aside:hover { display: block; }
 table { border-collapse: collapse; } td { padding: 0 .8em 0 0; vertical-align: top; }
 small { color: #555; } mark { background: #ffe08a; }
 """
@@ -76,7 +76,7 @@ def write_page(
             "<h1>Where tokens come from</h1>",
             "<p><small>Green: likelier with memory than without; red: less likely; full colour at "
             f"{_STRONGEST:g} nats. {len(explanations)} tokens, {mean:+.3f} nats a token on "
-            "average. Click a token for what the memory found.</small></p>",
+            "average. Point at a token, or click it, for what the memory found.</small></p>",
             f"<main>{html.escape(''.join(pieces[: explanations[0].place]))}"
             + "".join(_token(one, pieces[one.place], tokenizer) for one in explanations)
             + "</main></html>\n",
@@ -124,13 +124,13 @@ def _token(one: Explanation, piece: str, tokenizer: PreTrainedTokenizerBase) -> 
         for token, mass in one.others
     )
     return (
-        f"<details><summary style='background: rgba({colour}, {strength:.2f})'>"
-        f"{html.escape(piece)}</summary><div>"
+        f"<span class='token' tabindex='0' style='background: rgba({colour}, {strength:.2f})'>"
+        f"{html.escape(piece)}</span><aside>"
         f"{_percent(one.model)} without memory, {_percent(one.merged)} with it; the memory has "
         f"{_percent(one.share)} of all and gives {_percent(one.proposed)} to this token."
         f"<table>{rows}</table>"
         + (f"<small>It also proposed {others}.</small>" if others else "")
-        + "</div></details>"
+        + "</aside>"
     )
 
 

@@ -54,7 +54,7 @@ def test_a_table_and_a_page(place, capsys):
     page = place / "pages" / "one.html"
     assert run("explain", place / "model", PROMPT, "--method", "trime", "--html", page) == 0
     assert "heaviest source" in capsys.readouterr().out
-    assert page.read_text().count("<details>") == len(PROMPT.split()) - 1
+    assert page.read_text().count("<aside>") == len(PROMPT.split()) - 1
 
 
 @pytest.mark.parametrize(

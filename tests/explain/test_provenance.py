@@ -151,9 +151,9 @@ def test_what_a_person_sees(model, store, tokenizer, line, tmp_path):
     found = explain_tokens(lm, line)
     page = write_page(found[2:], line, tokenizer, tmp_path / "new" / "page.html")
     text = page.read_text(encoding="utf-8")
-    assert text.count("<details>") == len(found) - 2
-    assert "<main>the dog sat<details>" in text
-    body = re.sub(r"<div>.*?</div>", "", text[text.index("<main>") :], flags=re.DOTALL)
+    assert text.count("<aside>") == len(found) - 2
+    assert "<main>the dog sat<span" in text
+    body = re.sub(r"<aside>.*?</aside>", "", text[text.index("<main>") :], flags=re.DOTALL)
     assert re.sub(r"<[^>]*>", "", body).strip() == LINE
     assert "http" not in text  # loads nothing
     assert table(found, tokenizer).row_count == len(found)
