@@ -20,7 +20,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from accelerate import PartialState
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -32,7 +32,7 @@ from transformers import (
 from memlm.core.config import check
 from memlm.core.files import fingerprint
 from memlm.core.randomness import random_state_kept
-from memlm.data.lexical import find_neighbours, greedy_chain
+from memlm.data.lexical import find_neighbours, greedy_chain, overlap
 from memlm.data.streams import pack as pack_batches
 from memlm.data.tokens import TokenCorpus
 from memlm.models.fingerprint import model_hash, tokenizer_hash
@@ -97,8 +97,10 @@ def train_causal_lm(
             _check_vocabulary(text, vocab_size)
     processes = PartialState(cpu=on_cpu(config)).num_processes
     examples, order = read_in_order(pack(corpus), config, processes, chain=chain)
+    shared = None
     if isinstance(order, Dealt) and config.method == "trime_ext":
         identity["chain_hash"] = fingerprint([list(batch) for batch in order.batches])
+        shared = _shared_text(pack(corpus), config, np.concatenate(order.batches))
     evaluated = None if held_out is None else HeldOutBlocks(pack(held_out), config.block_length)
     if model is None:
         with random_state_kept():
@@ -116,7 +118,11 @@ def train_causal_lm(
         held_out=cast(Sequence[Any], evaluated),
         save_beside=tokenizer.save_pretrained,
         complete=lambda summary: _complete(
-            summary, corpus, held_out, evaluated, continued="model_hash" in identity
+            summary | ({} if shared is None else {"overlap": shared}),
+            corpus,
+            held_out,
+            evaluated,
+            continued="model_hash" in identity,
         ),
         resume=resume,
         quiet=quiet,
@@ -158,8 +164,7 @@ def read_in_order(
         )
         return examples, dealt
     if chain is None and config.group_by == "bm25":
-        blocks = [stream.tokens[n * config.block_length :][: config.block_length] for n in numbers]
-        chain = greedy_chain(find_neighbours(blocks), seed=config.seed)
+        chain = greedy_chain(find_neighbours(_blocks(stream, config)), seed=config.seed)
     order = numbers if chain is None else np.asarray(chain)
     check(
         np.array_equal(np.sort(order), numbers),
@@ -168,6 +173,26 @@ def read_in_order(
     )
     batches = pack_batches([config.block_length] * len(examples), order, max_rows=config.rows)
     return examples, Dealt(batches, by="grouped", processes=processes, seed=config.seed)
+
+
+def _blocks(stream: Stream, config: TrainConfig) -> list[NDArray[np.integer]]:
+    """The tokens of each block that trime_ext reads."""
+    length = config.block_length
+    count = len(HeldOutBlocks(stream, length))
+    return [stream.tokens[number * length :][:length] for number in range(count)]
+
+
+def _shared_text(
+    stream: Stream, config: TrainConfig, chain: NDArray[np.integer]
+) -> dict[str, float] | None:
+    """What a batch's blocks have in common (`memlm.data.lexical.overlap`), as dealt and without."""
+    if config.rows < 2:
+        return None
+    blocks = _blocks(stream, config)
+    return {
+        "as_written": overlap(blocks, np.arange(len(blocks)), config.rows),
+        "as_read": overlap(blocks, chain, config.rows),
+    }
 
 
 def new_model(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> LlamaForCausalLM:

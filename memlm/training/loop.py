@@ -202,6 +202,12 @@ class Loop(Trainer):
             eval_dataset=cast(Dataset, held_out),
             callbacks=[Clock(self.schedule, config.max_seconds), Sanity(), Keep(self), *callbacks],
         )
+        check(
+            not config.sharded or self.is_fsdp_enabled,
+            "weights are shared between accelerators, but these processes run on the "
+            f"{self.args.device.type}, where accelerate exchanges gradients only; set sharded to "
+            "false",
+        )
         self.model_accepts_loss_kwargs = True  # our losses are parts of the step's mean already
         self.remove_callback(PrinterCallback)
         tokens = config.step_tokens * self.args.world_size

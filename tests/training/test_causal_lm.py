@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.integrations import integration_utils
 
 from memlm.core.errors import FingerprintError, InputError
 from memlm.data.documents import Document
 from memlm.data.tokens import TokenCorpus, tokenize
 from memlm.models.taps import find_tap, forward_to_tap
 from memlm.testing.tiny import tiny_model
+from memlm.training import plan
 from memlm.training.blocks import HeldOutBlocks, collate, pack
 from memlm.training.causal_lm import new_model, train_causal_lm
 from memlm.training.config import PRESETS, TrainConfig
@@ -353,6 +355,9 @@ def test_a_chain_decides_what_is_read_together(corpus, tokenizer, tmp_path):
     train(corpus, tokenizer, tmp_path / "a", config, chain=chain)
     train(corpus, tokenizer, tmp_path / "b", config)
     assert summary(tmp_path / "a")["curve"] != summary(tmp_path / "b")["curve"]
+    assert summary(tmp_path / "a")["overlap"]["as_read"] < 1
+    as_written = summary(tmp_path / "b")["overlap"]
+    assert as_written["as_read"] == as_written["as_written"] > 0
     with pytest.raises(FingerprintError, match="chain_hash"):
         train(corpus, tokenizer, tmp_path / "a", config, resume=True)
     with pytest.raises(InputError, match="every block from 0"):
@@ -361,21 +366,27 @@ def test_a_chain_decides_what_is_read_together(corpus, tokenizer, tmp_path):
         train(corpus, tokenizer, tmp_path / "d", chain=chain)
 
 
-def test_trackers_of_the_trainer_are_told(corpus, tokenizer, tmp_path):
+def test_similar_blocks_are_read_together_and_it_is_said_how_similar(tokenizer, tmp_path):
+    topic = np.repeat(np.arange(32) % 8, 16)
+    tokens = 40 + 30 * topic + np.random.default_rng(1).integers(0, 30, len(topic))
+    text = TokenCorpus.from_tokens(np.append(tokens, 0))
+    train(text, tokenizer, tmp_path, settings(method="trime_ext", group_by="bm25", max_steps=1))
+    shared = summary(tmp_path)["overlap"]
+    assert shared["as_written"] == 0  # four blocks of four topics
+    assert shared["as_read"] > 0.2
+
+
+def test_trackers_of_the_trainer_are_told(corpus, tokenizer, tmp_path, monkeypatch):
+    """By the name under which the Trainer knows them."""
     told = []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
             told.append(dict(logs or {}))
 
-    train(
-        corpus,
-        tokenizer,
-        tmp_path,
-        settings(evaluate_every=6),
-        held_out=corpus,
-        callbacks=[Tracker()],
-    )
+    monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "own", Tracker)
+    config = settings(evaluate_every=6, report_to=("own",))
+    train(corpus, tokenizer, tmp_path, config, held_out=corpus)
     assert [
         set(logs) >= {"loss", "model_loss", "grad_norm", "learning_rate"}
         for logs in told
@@ -417,18 +428,27 @@ def test_stated_parameter_counts_are_those_of_the_model(name, tokenizer):
 
 
 def test_a_dry_run_says_what_a_run_will_be(corpus):
-    plan = describe_training(TrainConfig.preset("tiny", max_steps=100), 4096, corpus)
-    assert plan["parameters"] == 1_180_800
-    assert plan["step_tokens"] == 2048
-    assert plan["epochs"] == pytest.approx(100 * 2048 / len(corpus))
-    assert plan["memory_bytes"] > 16 * plan["parameters"]
-    assert "1,180,800 parameters" in plan["text"]
-    assert plan["tokens"] == 204_800
-    assert plan["hours"] > 0
+    planned = describe_training(TrainConfig.preset("tiny", max_steps=100), 4096, corpus)
+    assert planned["parameters"] == 1_180_800
+    assert planned["step_tokens"] == 2048
+    assert planned["epochs"] == pytest.approx(100 * 2048 / len(corpus))
+    assert planned["memory_bytes"] > 16 * planned["parameters"]
+    assert "1,180,800 parameters" in planned["text"]
+    assert planned["tokens"] == 204_800
+    assert planned["hours"] > 0
     assert describe_training(TrainConfig.preset("tiny"), 4096, processes=4)["step_tokens"] == 8192
     timed = describe_training(TrainConfig.preset("tiny", max_seconds=9.0), 4096)
     assert timed["epochs"] is None
     assert "9 s" in timed["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "speed", "hours"), [("tiny", 95e9, 0.23), ("small", 95e9, 2.4), ("base", 1e14, 3.0)]
+)
+def test_stated_hours_are_those_of_a_dry_run(monkeypatch, name, speed, hours):
+    monkeypatch.setattr(plan, "_measured_speed", lambda *_: speed)
+    planned = describe_training(TrainConfig.preset(name), 4096)
+    assert planned["hours"] == pytest.approx(hours, rel=0.03)
 
 
 @pytest.mark.parametrize(

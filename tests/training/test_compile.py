@@ -61,14 +61,15 @@ def test_the_objective_is_one_graph_forward_and_backward(method):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("method", ["ce", *MEMORIES])
-def test_bfloat16_autocast_is_near_float32(method):
+def test_half_precision_is_near_float32(method, dtype):
     tokens = tiny_tokens(2, 17, vocab_size=9)
     batch = {"input_ids": tokens[:, :-1], "shift_labels": tokens[:, 1:].contiguous()}
     results = []
     for enabled in (False, True):
         module = ObjectiveModule(tiny_model("llama"), Objective(method=method)).eval()
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast("cpu", dtype, enabled=enabled):
             output = module(batch)
         output.loss_sum.backward()
         gradients = [part.grad for part in module.parameters() if part.grad is not None]

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from memlm.core.errors import InputError
@@ -105,8 +108,8 @@ def test_settings_that_do_not_fit_the_machine_are_refused(tmp_path):
         own_loss(tmp_path / "b", precision="float16")
 
 
-def run_method(method, processes, out, changes):
-    """Train with memory; with several processes, one of them."""
+def run_method(method, processes, out, changes, *callbacks):
+    """Train with memory, or go on; with several processes, one of them."""
     rows = 4 // processes
     changes = {"batch_tokens": rows * LENGTH, "ranks_per_stream": processes, **changes}
     config = TrainConfig(**settings(method=method, **changes))
@@ -121,7 +124,9 @@ def run_method(method, processes, out, changes):
         collate=collate,
         identity={},
         held_out=held_out,
+        resume=True,
         quiet=True,
+        callbacks=callbacks,
     )
     return [parameter.detach() for parameter in model.parameters()]
 
@@ -171,6 +176,73 @@ def test_shared_weights_give_the_same_step(method):
         torch.testing.assert_close(loss, expected)
         for a, b in zip(grads, whole_grads, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def on_processors(out):
+    """Train with shared weights where there are no accelerators."""
+    with pytest.raises(InputError, match="run on the cpu, where accelerate exchanges gradients"):
+        run_method("ce", 2, out, {"sharded": True})
+
+
+def test_processors_do_not_share_weights(tmp_path):
+    run_processes(on_processors, 2, tmp_path)
+
+
+class StopAt(TrainerCallback):
+    """A crash after a given step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def run_shared(out, stop):
+    """A run with shared weights until it is stopped after a step; without a step, to the end.
+
+    accelerate shares weights between accelerators only; here it takes two processors for some.
+    """
+    begin = AcceleratorState.__init__
+
+    def as_accelerators(self, *args, **kwargs):
+        if PartialState._shared_state and not AcceleratorState._shared_state:
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        begin(self, *args, **kwargs)
+
+    AcceleratorState.__init__ = as_accelerators
+    shared = []
+
+    class Look(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            shared.extend(isinstance(part, DTensor) for part in kwargs["model"].parameters())
+
+    changes = {"accumulate": 2, "save_every": 2, "sharded": True}
+    if stop is None:
+        run_method("trime_long", 2, out, changes, Look())
+    else:
+        with pytest.raises(KeyboardInterrupt):
+            run_method("trime_long", 2, out, changes, StopAt(stop))
+    return shared
+
+
+@pytest.mark.slow
+def test_a_run_with_shared_weights_is_one_with_whole_weights(tmp_path):
+    """Checkpoints, resuming and the model at the end included."""
+    alone = run_method("trime_long", 1, tmp_path / "one", {"accumulate": 2, "save_every": 2})
+    run_processes(run_shared, 2, tmp_path / "two", 3)
+    assert last_checkpoint(tmp_path / "two" / "checkpoints")
+    for shared in run_processes(run_shared, 2, tmp_path / "two", None):
+        assert shared
+        assert all(shared)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    for a, b in zip(model.parameters(), alone, strict=True):
+        torch.testing.assert_close(a.detach(), b, rtol=1e-4, atol=1e-6)
+    one, two = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("one", "two"))
+    assert one["parameters"] == two["parameters"]
+    for a, b in zip(one["curve"], two["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
 
 
 class Killing(TrainerCallback):
