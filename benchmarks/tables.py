@@ -383,9 +383,10 @@ def retro(result: Result) -> list[str]:
 
 
 def trime(result: Result) -> list[str]:
+    training, grouping = result["training"], result["grouping"]
     return [
         "Training with TRIME's memories against plain cross-entropy, "
-        f"{result['machine']['threads']} thread(s), in turn; the floor is the operations of the "
+        f"{training['machine']['threads']} thread(s), in turn; the floor is the operations of the "
         "products at this machine's measured speed:",
         "",
         *table(
@@ -398,7 +399,26 @@ def trime(result: Result) -> list[str]:
                     f"{row['trime_peak_mb']:,.0f}",
                     f"{row['ce_peak_mb']:,.0f}",
                 ]
-                for row in result["training"]
+                for row in training["rows"]
+            ],
+        ),
+        "",
+        "BM25 neighbours (20 each) and the chain of blocks of "
+        f"{grouping['rows'][0]['block_tokens']} tokens in seconds of processor time, "
+        f"{grouping['machine']['threads']} thread(s); one by one: bm25s asked for one block after "
+        "another, from 50 of them:",
+        "",
+        *table(
+            ["grouping: blocks", "seconds", "chain seconds", "peak MB", "one by one, seconds"],
+            [
+                [
+                    f"{row['blocks']:,}",
+                    f"{row['neighbour_seconds']:,.1f}",
+                    f"{row['chain_seconds']:.2f}",
+                    f"{row['peak_mb']:,.0f}",
+                    f"{row['one_by_one_seconds']:,.0f}",
+                ]
+                for row in grouping["rows"]
             ],
         ),
     ]
