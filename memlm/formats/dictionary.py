@@ -116,7 +116,7 @@ def build_dictionary(lines: Iterable[str]) -> Dictionary:
     Returns:
         All its words, the most frequent first, ties in the order of their characters.
     """
-    found = Counter(dict.fromkeys(SPECIALS, 0))
+    found: Counter[str] = Counter(dict.fromkeys(SPECIALS, 0))
     for line in lines:
         found.update([*_words(line), SPECIALS[EOS]])
     special = {word: found.pop(word) for word in SPECIALS}
