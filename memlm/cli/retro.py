@@ -119,8 +119,8 @@ chunk database, whose chunks are looked up in this one (default: the database it
 
     def _index(self) -> int:
         from memlm.index.plan import IndexConfig, plan_index
-        from memlm.methods.retro import index_chunks
         from memlm.retrieval.embeddings import DIRECTORY, Embeddings
+        from memlm.retrieval.index import index_chunks
 
         database = self._opened()
         embeddings = Embeddings.open(database.path / DIRECTORY, database)
@@ -218,7 +218,9 @@ chunk database, whose chunks are looked up in this one (default: the database it
         return 0
 
     def _verify(self) -> int:
-        problems = self._opened().verify()
+        from memlm.retrieval.verify import verify_database
+
+        problems = verify_database(self._opened())
         lines = [*(f"PROBLEM: {problem}" for problem in problems)]
         lines.append(f"{self.database}: {'damaged' if problems else 'sound'}")
         show({"problems": problems}, "\n".join(lines), as_json=self.json)

@@ -2,7 +2,7 @@
 
     1. `memlm.retrieval.build`        documents -> chunks of m tokens                      (2.1)
     2. `memlm.retrieval.embeddings`   a frozen encoder embeds every chunk                  (2.2)
-    3. `memlm.index`                  an index over the embeddings                         (2.2)
+    3. `memlm.retrieval.index`        an index over the embeddings                         (2.2)
     4. `memlm.retrieval.neighbours`   k neighbours of every chunk, not of its own document (2.2)
     5. `memlm.retrieval.dataset`      sequences of chunks with neighbours and continuations
     6. `memlm.models.retro`           encoder, decoder, chunked cross-attention            (2.3-2.5)
@@ -13,7 +13,6 @@ stay: `memlm.models.retro.fit` (4.2). Steps 2 and 3 are for dense retrieval; BM2
 `retro_database` is steps 1 to 4 in one call.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,14 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from memlm.core.config import check
 from memlm.core.errors import InputError
-from memlm.core.types import Index
 from memlm.data.documents import read_documents
-from memlm.index.build import build_index, has_index, load_index
-from memlm.index.plan import IndexConfig
 from memlm.models.text_encoder import HuggingFaceEncoder, SentenceEncoder
 from memlm.retrieval.build import build_chunks
 from memlm.retrieval.chunks import ChunkConfig, ChunkDatabase
 from memlm.retrieval.embeddings import DIRECTORY, ChunkEncoder, Embeddings, embed_chunks
+from memlm.retrieval.index import index_chunks, open_index
 from memlm.retrieval.neighbours import NeighbourTable, build_neighbours
 from memlm.retrieval.retrievers import (
     Bm25Retriever,
@@ -37,7 +34,6 @@ from memlm.retrieval.retrievers import (
     Retriever,
 )
 
-INDEX = "index"
 Kind = Literal["bm25", "dense", "reranked"]
 
 
@@ -100,31 +96,8 @@ def make_retriever(
     if encoder is None:
         raise InputError(f"a {kind} retriever needs the encoder of its embeddings, got none")
     embeddings = Embeddings.open(database.path / DIRECTORY, database)
-    dense = DenseRetriever(database, encoder, embeddings, _index(database, embeddings))
+    dense = DenseRetriever(database, encoder, embeddings, open_index(database, embeddings))
     return dense if kind == "dense" else RerankedRetriever(dense, Bm25Retriever(database))
-
-
-def index_chunks(
-    database: ChunkDatabase,
-    config: IndexConfig | None = None,
-    *,
-    rebuild: bool = False,
-    quiet: bool = False,
-) -> Index:
-    """Index the embeddings of a database, beside them; one that is there is opened.
-
-    Raises:
-        StoreError: if embeddings are missing.
-        FingerprintError: if the index there is of other embeddings.
-    """
-    embeddings = Embeddings.open(database.path / DIRECTORY, database)
-    directory = database.path / INDEX
-    if rebuild and directory.exists():
-        shutil.rmtree(directory)
-    if has_index(directory):
-        return load_index(directory, embeddings)
-    config = config or IndexConfig(recall_k=10)
-    return build_index(embeddings, config, directory=directory, quiet=quiet)
 
 
 def load_encoder(
@@ -169,10 +142,3 @@ def _without_pooler(load: Any, name: str, **settings: Any) -> Any:
         return load(name, add_pooling_layer=False, **settings)
     except TypeError:  # a family that has none
         return load(name, **settings)
-
-
-def _index(database: ChunkDatabase, embeddings: Embeddings) -> Index:
-    directory = database.path / INDEX
-    if has_index(directory):
-        return load_index(directory, embeddings)
-    return build_index(embeddings, IndexConfig(type="exact"), quiet=True)

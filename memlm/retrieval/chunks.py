@@ -278,14 +278,11 @@ class ChunkDatabase:
 
     def verify(self) -> list[str]:
         """What is wrong with the files, by their checksums; nothing if they are as written."""
-        problems = []
-        for segment in self.segments:
-            for name, expected in segment.checksums.items():
-                if not (self.path / name).exists():
-                    problems.append(f"{name} is missing")
-                elif checksum(self.path / name) != expected:
-                    problems.append(f"{name} was altered")
-        return problems
+        return [
+            problem
+            for segment in self.segments
+            for problem in altered(self.path, segment.checksums)
+        ]
 
     def _slice(self, start: int, end: int) -> NDArray[np.int32]:
         """Tokens of the whole database; both ends lie in one segment, as documents do."""
@@ -313,6 +310,22 @@ class ChunkDatabase:
                 "it from a copy or build the database again with --rebuild"
             )
         return tensor.numpy()
+
+
+def altered(path: Path, checksums: dict[str, str]) -> list[str]:
+    """Which files of a directory are missing or not as they were written, one sentence each.
+
+    Args:
+        path: the directory.
+        checksums: by name of the file.
+    """
+    problems = []
+    for name, expected in checksums.items():
+        if not (path / name).exists():
+            problems.append(f"{path / name} is missing")
+        elif checksum(path / name) != expected:
+            problems.append(f"{path / name} was altered")
+    return problems
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

@@ -95,7 +95,8 @@ class Embeddings:
         self.path = path
         self.dim: int = record["dim"]
         self.encoder_fingerprint: str = record["encoder"]
-        self.fingerprint = fingerprint([record, [row["checksum"] for row in rows]])
+        self._record, self._rows = record, rows
+        self.fingerprint: str = self._of(rows)
         self._starts = np.array([row["first"] for row in rows] + [rows[-1]["end"]])
         self._files = [path / row["file"] for row in rows]
         self._mapped: list[NDArray[np.float32] | None] = [None] * len(rows)
@@ -128,6 +129,14 @@ class Embeddings:
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def fingerprint_of(self, count: int) -> str | None:
+        """The fingerprint when there were ``count`` of them; None if there never were so many."""
+        rows = [row for row in self._rows if row["end"] <= count]
+        return self._of(rows) if rows and rows[-1]["end"] == count else None
+
+    def _of(self, rows: list[dict[str, Any]]) -> str:
+        return fingerprint([self._record, [row["checksum"] for row in rows]])
 
     def blocks(self, rows: int, /) -> Iterator[tuple[int, Tensor]]:
         """All embeddings in order, up to ``rows`` at a time."""

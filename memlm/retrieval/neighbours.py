@@ -5,12 +5,13 @@ itself: if the text is the database, all chunks of its own document are left out
 documents always are. Beyond the paper, near-duplicates can be left out too: neighbours that, with
 their continuation, hold more than a given share of the chunk's own sequences of eight tokens.
 
-    table.json        what was looked up where, by which retriever, with which k
+    table.json        what was looked up where, by which retriever, with which k; checksums
     ids.npy           (chunks, k) int64, memory-mapped; -1 where there are fewer
     scores.npy        (chunks, k) float32
     journal.jsonl     one line per finished range of chunks, only while it is made
 
-Whatever changed (text, database, retriever, k), the table is not used any more and says so.
+Whatever changed (text, database, retriever, k), the table is not used any more and says so. So it
+is after documents were appended or deleted: any chunk may have other neighbours then.
 """
 
 import time
@@ -25,6 +26,7 @@ from numpy.typing import ArrayLike, NDArray
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, FingerprintError, StoreError
 from memlm.core.files import (
+    checksum,
     fingerprint,
     make_folder,
     read_json,
@@ -97,8 +99,9 @@ class NeighbourTable:
             if record[what] != here.fingerprint:
                 raise FingerprintError(
                     f"the neighbours in {path} must be of the {what} {here.path} with fingerprint "
-                    f"{here.fingerprint}, but are of {record[what]}; make the table again with "
-                    "rebuild (--rebuild)"
+                    f"{here.fingerprint}, but are of {record[what]}; appended or deleted documents "
+                    "may change the neighbours of any chunk: make the table again with rebuild "
+                    "(--rebuild)"
                 )
         return cls(path, record)
 
@@ -186,7 +189,7 @@ def build_neighbours(
             (path / JOURNAL).unlink(missing_ok=True)  # of a run that ended before it could
             return NeighbourTable.open(path, text, database)
         _fill(path, text, retriever, k, near_duplicates, batch_size, quiet)
-        write_json(path / RECORD, {**record, "complete": True})
+        _complete(path, record)
         (path / JOURNAL).unlink()
     table = NeighbourTable.open(path, text, database)
     if not (np.asarray(table.ids) >= 0).any():
@@ -220,8 +223,9 @@ def plan_neighbours(text: ChunkDatabase, retriever: Retriever, *, k: int = 2) ->
     size = 12 * len(text) * k
     numbers = np.unique(np.linspace(0, len(text) - 1, _SAMPLE).astype(np.int64))
     chunks = text.chunks(numbers)
+    same = text.fingerprint == retriever.database.fingerprint
     begun = time.perf_counter()
-    retriever.search(chunks, k)
+    retriever.search(chunks, k, numbers=numbers if same else None)
     seconds = (time.perf_counter() - begun) * len(text) / len(chunks)
     line = f"{len(text):,} chunks with {k} neighbours: {size / 1e6:,.1f} MB, about {seconds:,.0f} s"
     return NeighbourPlan(len(text), size, seconds, line)
@@ -263,7 +267,7 @@ def save_neighbours(
         write_atomic(path / f"{name}.npy", lambda file, array=array: np.save(file, array))
     described = {"retriever": source}
     record = _record(text, database, ids.shape[1], None, described, fingerprint(source))
-    write_json(path / RECORD, {**record, "complete": True})
+    _complete(path, record)
     return NeighbourTable.open(path, text, database)
 
 
@@ -300,6 +304,12 @@ def _record(
         "retriever": retriever,
         "retriever_fingerprint": retriever_fingerprint,
     }
+
+
+def _complete(path: Path, record: dict[str, Any]) -> None:
+    """Say that the table is finished, and what its files are."""
+    checksums = {name: checksum(path / name) for name in ("ids.npy", "scores.npy")}
+    write_json(path / RECORD, {**record, "complete": True, "checksums": checksums})
 
 
 def _same(path: Path, record: dict[str, Any]) -> bool:
@@ -377,7 +387,7 @@ def _lookup(
     chunks = text.chunks(rows)
     exclusion = own_documents(text, rows) if same else None
     if near_duplicates is None:
-        return retriever.search(chunks, k, exclusion)
+        return retriever.search(chunks, k, exclusion, numbers=rows if same else None)
     result = SearchResult(
         torch.full((len(rows), k), -torch.inf), torch.full((len(rows), k), -1, dtype=torch.int64)
     )
@@ -386,7 +396,8 @@ def _lookup(
         fetch = min(fetch, len(retriever.database))
         asked = [chunks[row] for row in missing.tolist()]
         part = None if exclusion is None else exclusion.rows(missing)
-        found = retriever.search(asked, fetch, part)
+        own = rows[missing.numpy()] if same else None
+        found = retriever.search(asked, fetch, part, numbers=own)
         left = []
         for place, row in enumerate(missing.tolist()):
             kept = _distinct(retriever.database, asked[place], found.ids[place], near_duplicates)

@@ -30,6 +30,7 @@ from memlm.retrieval.chunks import ChunkDatabase
 from memlm.retrieval.embeddings import ChunkEncoder, Embeddings
 
 Chunks = Sequence[NDArray[np.integer]]
+Numbers = NDArray[np.int64]
 _READ = 65_536  # chunks at a time, when all are read
 
 
@@ -44,13 +45,22 @@ class Retriever(Protocol):
     database: ChunkDatabase
     fingerprint: str
 
-    def search(self, chunks: Chunks, k: int, exclusion: Exclusion | None = None) -> SearchResult:
+    def search(
+        self,
+        chunks: Chunks,
+        k: int,
+        exclusion: Exclusion | None = None,
+        *,
+        numbers: Numbers | None = None,
+    ) -> SearchResult:
         """The k best chunks for each of some chunks of tokens.
 
         Args:
             chunks: tokens of the database's tokenizer.
             k: neighbours of each.
             exclusion: what to leave out beside deleted documents.
+            numbers: of the chunks, if they are the database's own: what is known of them already is
+                not made again.
 
         Returns:
             ``(chunks, k)`` scores, higher is better, and int64 chunk numbers; (-inf, -1) where
@@ -95,7 +105,14 @@ class Bm25Retriever:
         self._query_terms = query_terms
         self.fingerprint = fingerprint([self.describe(), database.fingerprint])
 
-    def search(self, chunks: Chunks, k: int, exclusion: Exclusion | None = None) -> SearchResult:
+    def search(
+        self,
+        chunks: Chunks,
+        k: int,
+        exclusion: Exclusion | None = None,
+        *,
+        numbers: Numbers | None = None,
+    ) -> SearchResult:
         """See `Retriever.search`; a chunk that shares no token is never found."""
         left_out = _with_deleted(self.database, exclusion)
         dead = without = None
@@ -162,14 +179,25 @@ class DenseRetriever:
                 f"index and embeddings must be of the database's {len(database):,} chunks, got "
                 f"{len(index):,} and {len(embeddings):,}; embed and index again"
             )
-        self.database, self.encoder, self.index = database, encoder, index
+        self.database, self.encoder = database, encoder
+        self.embeddings, self.index = embeddings, index
         self.fingerprint = fingerprint(
             [self.describe(), embeddings.fingerprint, database.fingerprint]
         )
 
-    def search(self, chunks: Chunks, k: int, exclusion: Exclusion | None = None) -> SearchResult:
+    def search(
+        self,
+        chunks: Chunks,
+        k: int,
+        exclusion: Exclusion | None = None,
+        *,
+        numbers: Numbers | None = None,
+    ) -> SearchResult:
         """See `Retriever.search`."""
-        queries = self.encoder.encode(chunks)
+        if numbers is None:
+            queries = self.encoder.encode(chunks)
+        else:
+            queries = self.embeddings.gather(torch.from_numpy(numbers))
         return search_without(self.index, queries, k, _with_deleted(self.database, exclusion))
 
     def describe(self) -> dict[str, Any]:
@@ -203,9 +231,16 @@ class RerankedRetriever:
         self.database, self.dense, self.bm25, self.recall = dense.database, dense, bm25, recall
         self.fingerprint = fingerprint([recall, dense.fingerprint, bm25.fingerprint])
 
-    def search(self, chunks: Chunks, k: int, exclusion: Exclusion | None = None) -> SearchResult:
+    def search(
+        self,
+        chunks: Chunks,
+        k: int,
+        exclusion: Exclusion | None = None,
+        *,
+        numbers: Numbers | None = None,
+    ) -> SearchResult:
         """See `Retriever.search`; equal BM25 scores keep the order of the dense search."""
-        candidates = self.dense.search(chunks, max(k, self.recall), exclusion)
+        candidates = self.dense.search(chunks, max(k, self.recall), exclusion, numbers=numbers)
         lexical = self.bm25.scores(chunks, candidates.ids.clamp(min=0))
         lexical = lexical.masked_fill(candidates.ids < 0, -torch.inf)
         order = lexical.argsort(dim=1, descending=True, stable=True)[:, :k]

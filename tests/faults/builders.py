@@ -36,8 +36,10 @@ from memlm.methods.pruning import prune_store
 from memlm.retrieval.build import append_documents, build_chunks
 from memlm.retrieval.chunks import ChunkConfig, ChunkDatabase
 from memlm.retrieval.embeddings import Embeddings, embed_chunks
+from memlm.retrieval.index import index_chunks
 from memlm.retrieval.neighbours import NeighbourTable, build_neighbours
 from memlm.retrieval.retrievers import Bm25Retriever
+from memlm.retrieval.verify import verify_embeddings, verify_neighbours
 from memlm.store.arrays import save_arrays
 from memlm.store.deleted import delete_documents
 from memlm.store.manifest import Identity, PlannedRange, StoreInfo
@@ -120,6 +122,12 @@ def make_inputs(folder: Path) -> Path:
     faiss.write_index(flat, str(folder / "flat.index"))
     build_index(keys, INDEX, directory=folder / "index", quiet=True)
     build_chunks(documents(), word_tokenizer(), folder / "chunks", ChunkConfig(8), quiet=True)
+    shutil.copytree(folder / "chunks", folder / "grown")
+    grown = ChunkDatabase.open(folder / "grown")
+    embed_chunks(grown, CountingEncoder(), quiet=True)
+    index_chunks(grown, IndexConfig(type="flat", recall_queries=0), folder / "short", quiet=True)
+    more_chunks(folder / "grown", folder)
+    embed_chunks(ChunkDatabase.open(folder / "grown"), CountingEncoder(), quiet=True)
     assert len(store) == 20
     return folder
 
@@ -268,6 +276,8 @@ def embed(path: Path, inputs: Path) -> None:
 
 
 def read_embeddings(path: Path, inputs: Path) -> Any:
+    if problems := verify_embeddings(path):
+        raise StoreError("; ".join(problems))
     return Embeddings.open(path, ChunkDatabase.open(inputs / "chunks")).load_keys().tolist()
 
 
@@ -276,7 +286,20 @@ def neighbours(path: Path, inputs: Path) -> None:
     build_neighbours(database, Bm25Retriever(database), path, k=2, quiet=True)
 
 
+def longer_chunk_index(path: Path, inputs: Path) -> None:
+    index_chunks(ChunkDatabase.open(inputs / "grown"), path=path, quiet=True)
+
+
+def read_chunk_index(path: Path, inputs: Path) -> Any:
+    grown = ChunkDatabase.open(inputs / "grown")
+    embeddings = Embeddings.open(grown.path / "embeddings", grown)
+    found = load_index(path, embeddings).search(embeddings.load_keys()[::3], 4)
+    return [found.ids.tolist(), found.scores.tolist()]
+
+
 def read_neighbours(path: Path, inputs: Path) -> Any:
+    if problems := verify_neighbours(path):
+        raise StoreError("; ".join(problems))
     database = ChunkDatabase.open(inputs / "chunks")
     table = NeighbourTable.open(path, database, database)
     return [np.asarray(table.ids).tolist(), np.asarray(table.scores).tolist()]
@@ -323,6 +346,7 @@ BUILDERS: dict[str, Builder] = {
     "chunks": Builder(chunks, read_chunks),
     "more chunks": Builder(more_chunks, read_chunks, copy_of("chunks")),
     "embeddings": Builder(embed, read_embeddings),
+    "longer index of chunks": Builder(longer_chunk_index, read_chunk_index, copy_of("short")),
     "neighbours": Builder(neighbours, read_neighbours),
     "memory state": Builder(state, read_state, folder, exact=False),
     "order of blocks": Builder(

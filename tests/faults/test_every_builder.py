@@ -24,7 +24,7 @@ RECORDS = (".json", ".jsonl")
 # What nothing refers to: without it the thing is another one, and whole.
 OPTIONAL = ("deleted.json",)
 # Files that carry no checksum: a damaged one is noticed only if it has another size.
-UNCHECKED = ("scores.npy", "ids.npy", "keys-00000.npy", "state")
+UNCHECKED = ("state",)
 
 
 @pytest.fixture(scope="module")

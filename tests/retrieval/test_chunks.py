@@ -168,12 +168,12 @@ def test_damage_is_found(tokenizer, tmp_path):
     data = bytearray((tmp_path / name).read_bytes())
     data[-1] ^= 1
     (tmp_path / name).write_bytes(data)
-    assert there.verify() == [f"{name} was altered"]
+    assert there.verify() == [f"{there.path / name} was altered"]
     (tmp_path / name).write_bytes(data[:-30])
     with pytest.raises(CorruptStoreError, match="restore it from a copy"):
         ChunkDatabase.open(tmp_path)
     (tmp_path / name).unlink()
-    assert there.verify() == [f"{name} is missing"]
+    assert there.verify() == [f"{there.path / name} is missing"]
 
 
 def test_wrong_places(tokenizer, tmp_path):

@@ -16,7 +16,12 @@ from memlm.retrieval.embeddings import Embeddings, embed_chunks
 from memlm.retrieval.lookup import ChunkLookup
 from memlm.retrieval.neighbours import NeighbourTable, build_neighbours, near_duplicate_share
 from memlm.retrieval.overlap import longest_common_run
-from memlm.retrieval.retrievers import Bm25Retriever, DenseRetriever, RerankedRetriever
+from memlm.retrieval.retrievers import (
+    Bm25Retriever,
+    DenseRetriever,
+    RerankedRetriever,
+    own_documents,
+)
 from tests.retrieval.texts import CountingEncoder, database, documents
 
 
@@ -62,6 +67,22 @@ def test_dense_neighbours_are_the_nearest(there):
         others = there.document_of(np.arange(len(there))) != there.document_of(chunk)
         best = distances[chunk][torch.from_numpy(others)].sort().values[:3]
         torch.testing.assert_close(distances[chunk, found.ids[chunk].tolist()], best)
+
+
+def test_own_chunks_are_not_embedded_again(there):
+    encoder = CountingEncoder()
+    retriever = dense(there, encoder)
+    embedded = encoder.embedded
+    settings = {"k": 3, "near_duplicates": 0.9, "quiet": True}
+    found = build_neighbours(there, retriever, there.path / "own", **settings)
+    assert encoder.embedded == embedded == len(there)
+    chunks = there.chunks(np.arange(len(there)))
+    exclusion = own_documents(there, np.arange(len(there)))
+    expected = retriever.search(chunks, 3, exclusion)
+    assert encoder.embedded == 2 * embedded
+    plain = build_neighbours(there, retriever, k=3, quiet=True)
+    np.testing.assert_array_equal(plain.ids, expected.ids)
+    assert (np.asarray(found.ids) >= 0).any()
 
 
 def test_exclusion_is_exact_however_large_a_document(tokenizer, tmp_path):
@@ -178,11 +199,11 @@ def test_a_table_goes_on_after_a_kill(there, tmp_path, monkeypatch, lost):
     whole = build_neighbours(there, retriever, tmp_path / "whole", quiet=True)
     search, calls = Bm25Retriever.search, []
 
-    def dying(self, chunks, k, exclusion=None):
+    def dying(self, chunks, k, exclusion=None, **settings):
         calls.append(len(chunks))
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return search(self, chunks, k, exclusion)
+        return search(self, chunks, k, exclusion, **settings)
 
     monkeypatch.setattr(Bm25Retriever, "search", dying)
     with pytest.raises(KeyboardInterrupt):

@@ -14,12 +14,14 @@ from memlm.models.fingerprint import model_hash
 from memlm.models.retro.causal_lm import RetroForCausalLM
 from memlm.models.retro.config import RetroConfig
 from memlm.models.retro.fit import retro_fit
+from memlm.testing.processes import run_processes
 from memlm.testing.tiny import tiny_model, tiny_tokens
 from memlm.training.learning import make_optimizer, make_schedule
 from memlm.training.model_loss import ModelLoss
 from memlm.training.retro import RetroText, fitted_model, retro_sequences, train_retro
 from memlm.training.retro_config import RetroTrainConfig
 from memlm.training.retro_groups import retro_groups
+from tests.faults.text import word_tokenizer
 from tests.retrieval.texts import documents
 
 SMALL = {
@@ -79,6 +81,33 @@ def test_a_resumed_run_continues_identically(source, tokenizer, tmp_path):
     assert all(map(torch.equal, whole.parameters(), again.parameters()))
     held_out = json.loads((tmp_path / "cut" / "training.json").read_text())["held_out"]
     assert 0 < held_out["loss"] < found[0]
+
+
+def run_in_parts(kind, accumulate, text, out):
+    """Four steps of one process, or of all that there are."""
+    tokenizer = word_tokenizer()
+    config = RetroTrainConfig(**SMALL, max_steps=4, accumulate=accumulate)
+    model = fitted(tokenizer, config)[1] if kind == "fit" else None
+    source = RetroText.open(text)
+    trained = train_retro(source, tokenizer, config, out, model=model, held_out=source, quiet=True)
+    return {name: value.detach() for name, value in trained.named_parameters()}
+
+
+@pytest.mark.parametrize("kind", ["retro", "fit"])
+def test_two_processes_are_one_with_twice_the_batches(kind, tmp_path):
+    text = tmp_path / "text"
+    retro_database(documents(24), word_tokenizer(), text, chunk_size=8, quiet=True)
+    alone = run_in_parts(kind, 2, text, tmp_path / "one")
+    for together in run_processes(run_in_parts, 2, kind, 1, text, tmp_path / "two"):
+        assert together.keys() == alone.keys()
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name], value, rtol=1e-3, atol=2e-5)
+    one, two = (json.loads((tmp_path / n / "training.json").read_text()) for n in ("one", "two"))
+    assert (one["processes"], two["processes"]) == (1, 2)
+    assert one["tokens"] == two["tokens"]
+    for a, b in zip(one["curve"], two["curve"], strict=True):
+        assert a == pytest.approx(b, rel=1e-4)
+    assert one["held_out"] == pytest.approx(two["held_out"], rel=1e-4)
 
 
 def test_the_neighbours_are_read(source, tokenizer, tmp_path):
