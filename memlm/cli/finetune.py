@@ -1,7 +1,8 @@
 """``memlm finetune``: an encoder on a GLUE task, over learning rates and seeds."""
 
+import math
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
@@ -34,6 +35,8 @@ class Finetune:
     """Metrics as means over batches, to compare with logs of the TUPE authors' code."""
     legacy_classes: bool = False
     """Classes numbered by frequency, as there."""
+    predict: bool = False
+    """Also write OUT/TASK.tsv: the test split as the best run predicts it, for GLUE's server."""
     keep_models: bool = False
     """Keep the weights of every run."""
     threads: int | None = None
@@ -44,19 +47,27 @@ class Finetune:
     def run(self) -> int:
         """Run the grid."""
         from memlm.cli.encoders import load_encoder
+        from memlm.core.config import check
+        from memlm.data.glue import glue_task, predictions_name
         from memlm.training.finetune import describe_table, finetune
         from memlm.training.finetune_config import FinetuneConfig
 
-        longest = load_encoder(self.model, "AutoModel").config.max_position_embeddings
+        task = glue_task(self.task)
+        longest = _longest(load_encoder(self.model, "AutoModel"))
+        check(
+            (self.max_length or 0) <= longest,
+            f"max_length must be at most what the model can read, {longest}, got {self.max_length}",
+        )
         config = FinetuneConfig(
-            task=self.task,
+            task=task.name,
             learning_rates=self.learning_rates,
             seeds=self.seeds,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            max_length=self.max_length or min(512, longest),
+            max_length=self.max_length or int(min(512, longest)),
             legacy_batch_mean=self.legacy_batch_mean,
             legacy_classes=self.legacy_classes,
+            predict=self.predict,
             keep_models=self.keep_models,
             threads=self.threads,
         )
@@ -69,5 +80,17 @@ class Finetune:
             config,
             self.out,
         )
-        show(table, describe_table(table), as_json=self.json)
+        files = [predictions_name(task, split) for split in task.test] if self.predict else []
+        lines = [describe_table(table), *(f"predicted: {self.out}/{name}" for name in files)]
+        show(table, "\n".join(lines), as_json=self.json)
         return 0
+
+
+def _longest(model: Any) -> float:
+    """How many tokens a model can read; infinite where there is no limit."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not longest or getattr(model.config, "position_extension", "error") != "error":
+        return math.inf
+    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
+    pad = getattr(table, "padding_idx", None)  # RoBERTa's positions begin after the padding's
+    return longest if pad is None else longest - pad - 1

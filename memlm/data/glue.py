@@ -3,13 +3,14 @@
 Read from the official tab-separated files, compressed or not (columns by number, since headers
 differ), from a folder that ``datasets`` saved, or from the Hub under the task's name in
 ``nyu-mll/glue``. Classes are in GLUE's order. The TUPE authors' code numbers them by their
-frequency in training instead, the most frequent first; ``by_frequency`` does that.
+frequency in training instead, the most frequent first; ``by_frequency`` does that. Test splits have
+no labels; what a model says of them is written as GLUE's server reads it.
 """
 
 import gzip
 import lzma
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from memlm.core.config import check
 from memlm.core.errors import InputError
+from memlm.core.files import write_atomic
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,7 @@ class GlueTask:
         name: as in GLUE.
         fields: names of the text columns in ``datasets``, one or two.
         columns: their places in a line of the files, from 0.
-        label_column: place of the label; -1 the last.
+        label_column: place of the label; -1 the last; None: there is none.
         classes: names in order; empty for a regression.
         metrics: first the one that results are compared by.
         epochs: of the published protocol (Ke et al. 2021, appendix).
@@ -41,7 +43,7 @@ class GlueTask:
     name: str
     fields: tuple[str, ...]
     columns: tuple[int, ...]
-    label_column: int
+    label_column: int | None
     classes: tuple[str, ...]
     metrics: tuple[str, ...] = ("accuracy",)
     epochs: int = 10
@@ -50,11 +52,17 @@ class GlueTask:
     width: int | None = None
 
     @property
+    def test(self) -> tuple[str, ...]:
+        """The splits without labels, one per split that is evaluated."""
+        return tuple(split.replace("validation", "test") for split in self.held_out)
+
+    @property
     def num_labels(self) -> int:
         """Outputs of a model; 1 for a regression."""
         return len(self.classes) or 1
 
 
+Texts = tuple[str, ...]
 _PAIR = ("sentence1", "sentence2")
 _YES_NO = ("0", "1")
 _ENTAILED = ("entailment", "not_entailment")
@@ -81,7 +89,20 @@ _FILES = {
     "validation": "dev.tsv",
     "validation_matched": "dev_matched.tsv",
     "validation_mismatched": "dev_mismatched.tsv",
+    "test": "test.tsv",
+    "test_matched": "test_matched.tsv",
+    "test_mismatched": "test_mismatched.tsv",
 }
+_BEFORE_GLUE = {  # STS-B, as its authors give it
+    "train": "sts-train.csv",
+    "validation": "sts-dev.csv",
+    "test": "sts-test.csv",
+}
+_TEST_COLUMNS = {"cola": (1,), "sst2": (1,), "qqp": (1, 2)}  # the others: as elsewhere
+_TITLES = {
+    "cola": "CoLA", "sst2": "SST-2", "mrpc": "MRPC", "qqp": "QQP", "stsb": "STS-B", "mnli": "MNLI",
+    "qnli": "QNLI", "rte": "RTE", "wnli": "WNLI",
+}  # fmt: skip
 _HIGHEST_SIMILARITY = 5.0  # of STS-B; models predict a share of it
 
 
@@ -93,7 +114,7 @@ class Samples(NamedTuple):
         labels: ``(samples,)`` int64 classes, or float64 similarities from 0 to 1.
     """
 
-    texts: list[tuple[str, ...]]
+    texts: list[Texts]
     labels: NDArray[np.number]
 
 
@@ -120,18 +141,43 @@ def read_glue(task: GlueTask, source: str | Path | Mapping[str, Any], split: str
     Raises:
         InputError: if the split is missing or empty, or a label is none of the task's.
     """
-    if isinstance(source, Mapping):
-        rows = _from_rows(task, source, split)
-    elif _file(task, Path(source), "train") is not None:
-        found = _file(task, Path(source), split)
-        if found is None:
-            raise InputError(f"{source} must hold {_FILES[split]} for split {split!r}")
-        rows = list(_from_file(*found))
-    else:
-        rows = _from_rows(task, _datasets(task, str(source)), split)
-    check(len(rows) > 0, f"split {split!r} of {task.name} must have samples, got none")
-    texts = [texts for texts, _ in rows]
-    return Samples(texts, _labels(task, [label for _, label in rows]))
+    rows = _rows(task, source, split)
+    return Samples([texts for texts, _ in rows], _labels(task, [label for _, label in rows]))
+
+
+def read_test(task: GlueTask, source: str | Path | Mapping[str, Any], split: str) -> list[Texts]:
+    """The texts of a split without labels: one of ``task.test``, as `read_glue` reads the others.
+
+    Raises:
+        InputError: if the split is missing or empty.
+    """
+    return [texts for texts, _ in _rows(task, source, split)]
+
+
+def predictions_name(task: GlueTask, split: str) -> str:
+    """GLUE's name for the predictions of a test split, such as ``MNLI-m.tsv``."""
+    ending = {"test_matched": "-m", "test_mismatched": "-mm"}.get(split, "")
+    return f"{_TITLES.get(task.name, task.name)}{ending}.tsv"
+
+
+def write_predictions(
+    path: str | Path, predicted: NDArray[np.number], classes: Sequence[str]
+) -> None:
+    """Write what a model says of a test split as GLUE's server reads it: ``index  prediction``.
+
+    Args:
+        path: file to write.
+        predicted: ``(samples,)`` numbers of classes, or similarities from 0 to 1.
+        classes: their names in the order of the numbers; none for a regression, whose similarities
+            are written from 0 to 5.
+    """
+    said = (
+        [classes[int(one)] for one in predicted]
+        if classes
+        else [f"{one:.3f}" for one in np.clip(predicted, 0, 1) * _HIGHEST_SIMILARITY]
+    )
+    lines = ["index\tprediction", *(f"{number}\t{one}" for number, one in enumerate(said))]
+    write_atomic(Path(path), lambda file: file.write("\n".join([*lines, ""]).encode()))
 
 
 def by_frequency(labels: NDArray[np.number]) -> NDArray[np.int64]:
@@ -150,12 +196,33 @@ def by_frequency(labels: NDArray[np.number]) -> NDArray[np.int64]:
     return ranks
 
 
+def _rows(
+    task: GlueTask, source: str | Path | Mapping[str, Any], split: str
+) -> list[tuple[Texts, Any]]:
+    if isinstance(source, Mapping):
+        rows = _from_rows(task, source, split)
+    elif _file(task, Path(source), "train") is not None:
+        found = _file(task, Path(source), split)
+        if found is None:
+            raise InputError(f"{source} must hold {_FILES[split]} for split {split!r}")
+        rows = list(_from_file(*found))
+    else:
+        rows = _from_rows(task, _datasets(task, str(source)), split)
+    check(len(rows) > 0, f"split {split!r} of {task.name} must have samples, got none")
+    return rows
+
+
 def _file(task: GlueTask, folder: Path, split: str) -> tuple[GlueTask, Path] | None:
     """The file of a split and how its lines are laid out."""
-    layouts = [(task, _FILES[split])]
-    if task.name == "stsb":  # as its authors give it, before GLUE
-        name = {"train": "sts-train.csv", "validation": "sts-dev.csv"}[split]
-        layouts.append((replace(task, columns=(5, 6), label_column=4, header=False), name))
+    layout = task
+    if split in task.test:
+        columns = _TEST_COLUMNS.get(task.name, task.columns)
+        layout = replace(task, columns=columns, label_column=None, header=True, width=None)
+    layouts = [(layout, _FILES[split])]
+    if task.name == "stsb":
+        label = None if split in task.test else 4
+        before = replace(task, columns=(5, 6), label_column=label, header=False)
+        layouts.append((before, _BEFORE_GLUE[split]))
     for layout, name in layouts:
         for path in (folder / name, folder / f"{name}.xz", folder / f"{name}.gz"):
             if path.is_file():
@@ -163,7 +230,7 @@ def _file(task: GlueTask, folder: Path, split: str) -> tuple[GlueTask, Path] | N
     return None
 
 
-def _from_file(task: GlueTask, path: Path) -> Iterable[tuple[tuple[str, ...], str]]:
+def _from_file(task: GlueTask, path: Path) -> Iterable[tuple[Texts, str | None]]:
     openers = {".xz": lzma.open, ".gz": gzip.open}
     with openers.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
@@ -173,31 +240,35 @@ def _from_file(task: GlueTask, path: Path) -> Iterable[tuple[tuple[str, ...], st
             continue
         if task.width is not None and len(fields) != task.width:
             continue
-        last = max(*task.columns, task.label_column)
+        place = task.label_column
+        last = max(task.columns) if place is None else max(*task.columns, place)
         check(
             len(fields) > last,
             f"line {number + 1} of {path} must have at least {last + 1} fields, got {len(fields)}",
         )
-        yield tuple(fields[column] for column in task.columns), fields[task.label_column]
+        label = None if place is None else fields[place]
+        yield tuple(fields[column] for column in task.columns), label
 
 
-def _from_rows(
-    task: GlueTask, splits: Mapping[str, Any], split: str
-) -> list[tuple[tuple[str, ...], Any]]:
+def _from_rows(task: GlueTask, splits: Mapping[str, Any], split: str) -> list[tuple[Texts, Any]]:
     check(split in splits, f"{task.name} must have a split {split!r}, got {', '.join(splits)}")
     rows = splits[split]
-    for name in (*task.fields, "label"):
+    label = () if split in task.test else ("label",)
+    for name in (*task.fields, *label):
         check(
             len(rows) == 0 or name in rows[0],
             f"rows of {task.name} must have the field {name!r}, got {', '.join(rows[0])}"
             if len(rows)
             else "",
         )
-    return [(tuple(row[name] for name in task.fields), row["label"]) for row in rows]
+    return [
+        (tuple(row[name] for name in task.fields), row["label"] if label else None) for row in rows
+    ]
 
 
 def _datasets(task: GlueTask, source: str) -> Mapping[str, Any]:
     import datasets
+    from datasets.exceptions import DatasetsError
 
     try:
         loaded: Any = (
@@ -205,7 +276,7 @@ def _datasets(task: GlueTask, source: str) -> Mapping[str, Any]:
             if Path(source).is_dir()
             else datasets.load_dataset(source, task.name)
         )
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         said = str(error).splitlines() or [type(error).__name__]
         raise InputError(
             f"{source} must be a folder with {_FILES['train']}, a folder that datasets saved, or "

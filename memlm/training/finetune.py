@@ -6,6 +6,7 @@ time: a run that has its ``result.json`` is not repeated.
 
     OUT/rate-2e-05-seed-1/result.json    one run
     OUT/table.json                       medians over seeds; the best rate by the first metric
+    OUT/CoLA.tsv                         test predictions of that rate's best run, if asked for
 """
 
 import statistics
@@ -22,12 +23,22 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from memlm.core.config import check
-from memlm.core.files import read_json, write_json
+from memlm.core.files import link_or_copy, read_json, write_json
 from memlm.core.randomness import random_state_kept
-from memlm.data.glue import GlueTask, Samples, by_frequency, glue_task, read_glue
+from memlm.data.glue import (
+    GlueTask,
+    Samples,
+    by_frequency,
+    glue_task,
+    predictions_name,
+    read_glue,
+    read_test,
+    write_predictions,
+)
 from memlm.evaluation.glue import score
 from memlm.models.fingerprint import model_hash
 from memlm.training.finetune_config import FinetuneConfig
+from memlm.training.folder import open_run
 from memlm.training.loop import train
 from memlm.training.model_loss import ModelLoss
 from memlm.training.order import InTurn
@@ -72,7 +83,8 @@ def finetune(
         quiet: no progress bar.
 
     Returns:
-        The table: settings, all runs, medians per rate, the best rate and its medians.
+        The table: settings, all runs, medians per rate, the best rate, its medians and its best
+        seed, whose test predictions lie in ``out`` if they were asked for.
 
     Raises:
         InputError: if the task is unknown, or data are missing or do not fit it.
@@ -85,29 +97,38 @@ def finetune(
             task.name == config.task,
             f"the task must have the configured name, {config.task!r}, got {task.name!r}",
         )
+    check(tokenizer.pad_token_id is not None, "the tokenizer must have a padding token")
     out = Path(out)
     splits = {split: read_glue(task, source, split) for split in ("train", *task.held_out)}
+    classes = list(task.classes)
     if task.classes and config.legacy_classes:
         ranks = by_frequency(splits["train"].labels)
+        classes = [classes[number] for number in np.argsort(ranks)]
         splits = {
             name: one._replace(labels=ranks[one.labels.astype(np.int64)])
             for name, one in splits.items()
         }
+    for split in task.test if config.predict else ():
+        texts = read_test(task, source, split)
+        splits[split] = Samples(texts, np.zeros(len(texts), splits["train"].labels.dtype))
     data = {name: _tokenize(one, tokenizer, config.max_length) for name, one in splits.items()}
+    grid = _Grid(make_model, tokenizer, data, classes, task, config)
+    open_run(out, grid.identity(), resume=True)
     runs = []
     for rate in config.learning_rates:
         for seed in config.seeds:
-            folder = out / f"rate-{rate:g}-seed-{seed}"
+            folder = out / _folder(rate, seed)
             if not (folder / _RESULT).exists():
-                metrics = _run(
-                    make_model, tokenizer, data, task, config, rate, seed, folder, quiet=quiet
-                )
+                metrics = _run(grid, rate, seed, folder, quiet=quiet)
                 write_json(folder / _RESULT, {"rate": rate, "seed": seed, "metrics": metrics})
                 if not config.keep_models:
                     (folder / "model.safetensors").unlink(missing_ok=True)
             runs.append(read_json(folder / _RESULT))
     table = _table(task, config, runs)
     write_json(out / _TABLE, table)
+    for split in task.test if config.predict else ():
+        name = predictions_name(task, split)
+        link_or_copy(out / _folder(table["best_rate"], table["best_seed"]) / name, out / name)
     return table
 
 
@@ -140,23 +161,36 @@ class _Shuffled(Dataset):
         return self.data.tokens[number], self.data.labels[number]
 
 
+class _Grid(NamedTuple):
+    """What all runs of a grid have in common."""
+
+    make_model: ModelMaker
+    tokenizer: PreTrainedTokenizerBase
+    data: dict[str, LabelledSamples]
+    classes: list[str]
+    task: GlueTask
+    config: FinetuneConfig
+
+    def model(self, seed: int) -> PreTrainedModel:
+        with random_state_kept():
+            torch.manual_seed(seed)
+            return self.make_model(self.task.num_labels)
+
+    def identity(self) -> dict[str, Any]:
+        hashes = {f"{name} data": _hash(one) for name, one in self.data.items()}
+        return {"config": self.config.shared(), "model": model_hash(self.model(0)), **hashes}
+
+
+def _folder(rate: float, seed: int) -> str:
+    return f"rate-{rate:g}-seed-{seed}"
+
+
 def _run(
-    make_model: ModelMaker,
-    tokenizer: PreTrainedTokenizerBase,
-    data: Mapping[str, LabelledSamples],
-    task: GlueTask,
-    config: FinetuneConfig,
-    rate: float,
-    seed: int,
-    folder: Path,
-    *,
-    quiet: bool,
+    grid: _Grid, rate: float, seed: int, folder: Path, *, quiet: bool
 ) -> dict[str, dict[str, float]]:
-    with random_state_kept():
-        torch.manual_seed(seed)
-        model = make_model(task.num_labels)
-    check(tokenizer.pad_token_id is not None, "the tokenizer must have a padding token")
-    pad = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    data, task, config = grid.data, grid.task, grid.config
+    model = grid.model(seed)
+    pad = int(grid.tokenizer.pad_token_id)  # type: ignore[arg-type]
 
     def collate(rows: list[tuple[list[int], Any]]) -> dict[str, Tensor]:
         return _batch([row for row, _ in rows], np.array([label for _, label in rows]), pad)
@@ -174,10 +208,13 @@ def _run(
     )
     legacy = config.batch_size if config.legacy_batch_mean else None
     found = {}
-    for split in task.held_out:
+    for split in (*task.held_out, *(task.test if config.predict else ())):
         predicted = predict(trained, data[split], batch_size=config.batch_size, pad=pad)
-        labels = data[split].labels
-        found[split] = score(task.metrics, predicted, labels, legacy_batches=legacy)
+        if split in task.held_out:
+            labels = data[split].labels
+            found[split] = score(task.metrics, predicted, labels, legacy_batches=legacy)
+        else:
+            write_predictions(folder / predictions_name(task, split), predicted, grid.classes)
     return found
 
 
@@ -230,6 +267,11 @@ def _hash(data: LabelledSamples) -> str:
     return digest.hexdigest()
 
 
+def _seeds(config: FinetuneConfig) -> str:
+    count = len(config.seeds)
+    return f"{count} seeds" if count > 1 else "1 seed"
+
+
 def _table(task: GlueTask, config: FinetuneConfig, runs: list[dict[str, Any]]) -> dict[str, Any]:
     medians: dict[str, dict[str, float]] = {}
     for rate in config.learning_rates:
@@ -239,15 +281,18 @@ def _table(task: GlueTask, config: FinetuneConfig, runs: list[dict[str, Any]]) -
             for split in task.held_out
             for name in task.metrics
         }
-    headline = f"{task.held_out[0]} {task.metrics[0]}"
+    split, metric = task.held_out[0], task.metrics[0]
+    headline = f"{split} {metric}"
     best = max(medians, key=lambda rate: medians[rate][headline])
+    ours = [run for run in runs if f"{run['rate']:g}" == best]
     means = "mean over batches" if config.legacy_batch_mean else "over all samples"
     return {
         "task": task.name,
-        "protocol": f"median of {len(config.seeds)} seeds in %, {means}; * best by {headline}",
+        "protocol": f"median of {_seeds(config)} in %, {means}; * best by {headline}",
         "config": config.to_dict(),
         "runs": runs,
         "medians": medians,
         "best_rate": float(best),
+        "best_seed": max(ours, key=lambda run: run["metrics"][split][metric])["seed"],
         "best": medians[best],
     }

@@ -5,6 +5,7 @@ their median, 6 % of the steps of warm-up, linear decay, weight decay 0.01, norm
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from memlm.core.config import Config, check
 from memlm.data.glue import GlueTask
@@ -29,6 +30,7 @@ class FinetuneConfig(Config):
         legacy_batch_mean: report the mean of the metrics of evaluation batches, as the TUPE
             authors' logs do, instead of the metric of all samples.
         legacy_classes: number classes by frequency; F1 is then of the rarer one.
+        predict: also write predictions of the test split, in GLUE's form.
         keep_models: keep the weights of every run.
         precision: see `RunConfig`.
         threads: see `RunConfig`.
@@ -48,6 +50,7 @@ class FinetuneConfig(Config):
     optimizer: str = "adamw"
     legacy_batch_mean: bool = False
     legacy_classes: bool = False
+    predict: bool = False
     keep_models: bool = False
     precision: str = "auto"
     threads: int | None = None
@@ -59,6 +62,13 @@ class FinetuneConfig(Config):
         check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
         check(self.max_length >= 4, f"max_length must be at least 4, got {self.max_length}")
         warmup_steps_of(self.warmup_ratio, 1)
+
+    def shared(self) -> dict[str, Any]:
+        """The settings that runs of one folder must have in common."""
+        values = self.to_dict()
+        for name in ("learning_rates", "seeds", "keep_models", "threads"):
+            del values[name]
+        return values
 
     def run(self, task: GlueTask, samples: int, learning_rate: float, seed: int) -> RunConfig:
         """One run of the grid on so many training samples."""

@@ -1,8 +1,10 @@
 """``memlm finetune`` and ``memlm positions`` from the command line."""
 
 import json
+import shutil
 
 import pytest
+from transformers import AutoTokenizer, BertConfig, BertForMaskedLM
 
 from memlm.cli.main import main
 from memlm.models.tupe.config import TupeConfig
@@ -24,9 +26,7 @@ def encoder(tmp_path_factory):
 
 
 def test_finetune(encoder, tmp_path, capsys):
-    for name in ("train", "dev"):
-        lines = [f"x\t{n % 2}\t\t{'good' if n % 2 else 'bad'} cats" for n in range(8)]
-        (tmp_path / f"{name}.tsv").write_text("\n".join(lines))
+    write_samples(tmp_path)
     command = ["finetune", str(encoder), "--task", "cola", "--data", str(tmp_path)]
     command += ["--out", str(tmp_path / "runs"), "--learning-rates", "1e-3", "--seeds", "1", "2"]
     command += ["--epochs", "1", "--batch-size", "4", "--threads", "1"]
@@ -36,6 +36,62 @@ def test_finetune(encoder, tmp_path, capsys):
     assert len(table["runs"]) == 2
     assert main(command) == 0
     assert "median of 2 seeds" in capsys.readouterr().out
+
+
+def write_samples(folder):
+    for name in ("train", "dev"):
+        lines = [f"x\t{n % 2}\t\t{'good' if n % 2 else 'bad'} cats" for n in range(8)]
+        (folder / f"{name}.tsv").write_text("\n".join(lines))
+
+
+def test_any_encoder_is_finetuned_and_predicts(encoder, tmp_path, capsys):
+    write_samples(tmp_path)
+    (tmp_path / "test.tsv").write_text("index\tsentence\n0\tgood cats\n1\tbad cats\n")
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+        intermediate_size=16, max_position_embeddings=32, pad_token_id=1,
+    )  # fmt: skip
+    BertForMaskedLM(config).save_pretrained(tmp_path / "bert")
+    tokenizer.save_pretrained(tmp_path / "bert")
+    command = ["finetune", str(tmp_path / "bert"), "--task", "CoLA", "--data", str(tmp_path)]
+    command += ["--out", str(tmp_path / "runs"), "--learning-rates", "1e-2", "--seeds", "1"]
+    command += ["--epochs", "1", "--batch-size", "4", "--threads", "1", "--predict"]
+    assert main(command) == 0
+    assert f"predicted: {tmp_path}/runs/CoLA.tsv" in capsys.readouterr().out
+    lines = (tmp_path / "runs" / "CoLA.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    assert [line[:2] for line in lines[1:]] == ["0\t", "1\t"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"--task": "squad"}, "task must be one of cola"),
+        ({"--data": "nowhere"}, "nowhere must be a folder with train.tsv"),
+        ({"--max-length": "64"}, "max_length must be at most what the model can read, 32, got 64"),
+        ({"--learning-rates": "0"}, "learning_rate must be above zero"),
+        ({"--predict": ""}, "must hold test.tsv for split 'test'"),
+        ({"": "none"}, "the model must be a folder or Hub id that AutoModel loads"),
+        ({"": "bare"}, "has none that loads (a TUPE tokenizer must have its files"),
+    ],
+)
+def test_what_is_wrong_is_said(changes, message, encoder, tmp_path, capsys):
+    write_samples(tmp_path)
+    (tmp_path / "bare").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(encoder / name, tmp_path / "bare" / name)
+    options = {
+        "--task": "cola", "--data": str(tmp_path), "--out": str(tmp_path / "runs"),
+        "--learning-rates": "1e-3", "--seeds": "1", "--threads": "1",
+    }  # fmt: skip
+    model = str(tmp_path / changes.pop("") if "" in changes else encoder)
+    given = [part for pair in (options | changes).items() for part in pair if part]
+    assert main(["finetune", model, *given]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.startswith("memlm: error: ")
+    assert said.count("\n") == 1
 
 
 def test_positions(encoder, tmp_path, capsys):

@@ -5,8 +5,16 @@ import json
 import numpy as np
 import pytest
 
-from memlm.core.errors import InputError
-from memlm.data.glue import TASKS, by_frequency, glue_task, read_glue
+from memlm.core.errors import FingerprintError, InputError
+from memlm.data.glue import (
+    TASKS,
+    by_frequency,
+    glue_task,
+    predictions_name,
+    read_glue,
+    read_test,
+    write_predictions,
+)
 from memlm.evaluation.glue import Counts, f1, matthews, score
 from memlm.models.tupe.config import TupeConfig
 from memlm.models.tupe.heads import TupeForSequenceClassification
@@ -62,7 +70,7 @@ def test_a_run(name, tokenizer, tmp_path):
     assert set(table["best"]) == {f"{s} {m}" for s in task.held_out for m in task.metrics}
 
 
-def test_a_grid(tokenizer, tmp_path):
+def test_a_grid(tokenizer, tmp_path, monkeypatch):
     run = grid("cola", tokenizer, tmp_path, learning_rates=(1e-2, 1e-9), seeds=(1, 2))
     table = run(make_model(tokenizer))
     assert table["best_rate"] == 1e-2
@@ -70,10 +78,39 @@ def test_a_grid(tokenizer, tmp_path):
     assert "median of 2 seeds" in describe_table(table)
     assert not list(tmp_path.glob("*/model.safetensors"))
 
-    def fail(labels):
+    def fail(*_, **__):
         raise AssertionError("a finished run must not be repeated")
 
-    assert run(fail)["medians"] == table["medians"]
+    monkeypatch.setattr("memlm.training.finetune.train", fail)
+    assert run(make_model(tokenizer))["medians"] == table["medians"]
+    for changes in ({"epochs": 2}, {"legacy_batch_mean": True}):
+        other = grid("cola", tokenizer, tmp_path, **changes)
+        with pytest.raises(FingerprintError, match=f"these differ: {next(iter(changes))}"):
+            other(make_model(tokenizer))
+    wider = make_model(train_sentence_tokenizer([*TEXT, "another vocabulary"] * 3, 100))
+    with pytest.raises(FingerprintError, match="these differ: model"):
+        run(wider)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_predictions_of_a_test_split(legacy, tokenizer, tmp_path):
+    task = glue_task("rte")
+    data = {split: rows(task, 48, seed) for seed, split in enumerate(("train", "validation"))}
+    said = [row | {"label": -1} for row in rows(task, 30, 5)]
+    data["test"] = said
+    config = FinetuneConfig(
+        task="rte", learning_rates=(1e-2,), seeds=(1, 2), epochs=8, batch_size=8, max_length=32,
+        predict=True, legacy_classes=legacy, precision="float32", threads=1,
+    )  # fmt: skip
+    table = finetune(make_model(tokenizer), tokenizer, data, config, tmp_path, quiet=True)
+    lines = (tmp_path / "RTE.tsv").read_text().splitlines()
+    found = [line.split("\t") for line in lines]
+    assert found[0] == ["index", "prediction"]
+    assert [number for number, _ in found[1:]] == list(map(str, range(len(said))))
+    wanted = ["not_entailment" if "good" in row["sentence1"] else "entailment" for row in said]
+    assert np.mean([name == one for (_, name), one in zip(found[1:], wanted, strict=True)]) > 0.9
+    best = tmp_path / f"rate-0.01-seed-{table['best_seed']}" / "RTE.tsv"
+    assert best.read_text().splitlines() == lines
 
 
 def test_classes_by_frequency():
@@ -124,14 +161,58 @@ def test_official_files(name, tmp_path):
         assert found.labels.tolist() == ([1] if task.classes else [0.5])
 
 
+TEST_FILES = {  # texts in the official files without labels
+    "cola": [("test", 2, (1,))],
+    "sst2": [("test", 2, (1,))],
+    "mrpc": [("test", 5, (3, 4))],
+    "qqp": [("test", 3, (1, 2))],
+    "stsb": [("test", 9, (7, 8))],
+    "mnli": [("test_matched", 10, (8, 9)), ("test_mismatched", 10, (8, 9))],
+    "qnli": [("test", 3, (1, 2))],
+    "rte": [("test", 3, (1, 2))],
+    "wnli": [("test", 3, (1, 2))],
+}
+SUBMITTED = {
+    "CoLA.tsv", "SST-2.tsv", "MRPC.tsv", "QQP.tsv", "STS-B.tsv", "MNLI-m.tsv", "MNLI-mm.tsv",
+    "QNLI.tsv", "RTE.tsv", "WNLI.tsv",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_official_test_files(name, tmp_path):
+    task = glue_task(name)
+    (tmp_path / "train.tsv").touch()  # as official folders are told
+    assert task.test == tuple(split for split, *_ in TEST_FILES[name])
+    for split, width, columns in TEST_FILES[name]:
+        fields = [f"f{number}" for number in range(width)]
+        for number, column in enumerate(columns):
+            fields[column] = f"text {number}"
+        lines = ["\t".join(["head"] * width), "\t".join(fields), "\t".join(fields), ""]
+        (tmp_path / f"{split}.tsv").write_text("\n".join(lines))
+        texts = tuple(f"text {number}" for number in range(len(columns)))
+        assert read_test(task, tmp_path, split) == [texts, texts]
+
+
+def test_files_of_predictions(tmp_path):
+    names = {predictions_name(task, split) for task in TASKS.values() for split in task.test}
+    assert names == SUBMITTED
+    write_predictions(tmp_path / "a", np.array([1, 0]), ["no", "yes"])
+    assert (tmp_path / "a").read_text() == "index\tprediction\n0\tyes\n1\tno\n"
+    write_predictions(tmp_path / "b", np.array([0.5, 1.2, -0.1]), [])
+    assert (tmp_path / "b").read_text().split() == [
+        "index", "prediction", "0", "2.500", "1", "5.000", "2", "0.000",
+    ]  # fmt: skip
+
+
 def test_similarities_before_glue(tmp_path):
     import lzma
 
-    for name in ("sts-train.csv.xz", "sts-dev.csv.xz"):
+    for name in ("sts-train.csv.xz", "sts-dev.csv.xz", "sts-test.csv.xz"):
         line = 'main\tfile\t2012\t0001\t5.000\tA plane.\tAn "air" plane.\tsource'
         (tmp_path / name).write_bytes(lzma.compress(line.encode()))
     found = read_glue(glue_task("STS-B"), tmp_path, "validation")
     assert (found.texts, found.labels.tolist()) == ([("A plane.", 'An "air" plane.')], [1.0])
+    assert read_test(glue_task("stsb"), tmp_path, "test") == found.texts
 
 
 def test_saved_data_sets(tmp_path):
