@@ -5,6 +5,7 @@ tokens). Differs from BERT: LayerNorm's eps is 1e-5, there are no segments, and 
 head keeps the initialisation of torch's layers, as the authors' code has it.
 """
 
+import copy
 from typing import Any, Literal, cast
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -47,6 +48,7 @@ class TupeConfig(PreTrainedConfig):
         activation_dropout: inside the feed-forward.
         classifier_dropout: inside the classification head.
         classifier_act: likewise, the activation.
+        is_decoder: attend to the past only; `TupeForCausalLM` sets it, the other heads unset it.
         head_init: of the classification head: ``"torch"`` (the authors') or ``"normal"``.
     """
 
@@ -77,6 +79,7 @@ class TupeConfig(PreTrainedConfig):
     max_distance: int = 128
     embedding_norm: bool = True
     norm_first: bool = False
+    is_decoder: bool = False
     head_init: str = "torch"
 
     def __post_init__(self, **kwargs: Any):
@@ -111,6 +114,15 @@ class TupeConfig(PreTrainedConfig):
         """
         check(size in _SIZES, f"size must be one of {', '.join(_SIZES)}, got {size!r}")
         return cls(**{**_SIZES[size], "scheme": scheme, **changes})
+
+
+def as_decoder(config: TupeConfig, decoder: bool) -> TupeConfig:
+    """The configuration itself if it says so, else a copy that does."""
+    if config.is_decoder == decoder:
+        return config
+    changed = copy.deepcopy(config)
+    changed.is_decoder = decoder
+    return changed
 
 
 def labels_of(config: TupeConfig) -> int:

@@ -188,12 +188,15 @@ class TupePreTrainedModel(PreTrainedModel):
 
 
 class TupeModel(TupePreTrainedModel):
-    """The encoder: tokens to hidden states. Row 0 of a sample represents it."""
+    """The encoder: tokens to hidden states. Row 0 of a sample represents it.
 
-    def __init__(self, config: TupeConfig, *, causal: bool = False):
+    With ``config.is_decoder`` it attends to the past only, as under `TupeForCausalLM`.
+    """
+
+    def __init__(self, config: TupeConfig):
         super().__init__(config)
         scheme = config.position_scheme
-        self.causal = causal
+        self.causal = config.is_decoder
         self.embeddings = TupeEmbeddings(config)
         if scheme.relative or scheme.absolute in ("untied", "crossed"):
             self.position_bias = UntiedPositions(
@@ -201,7 +204,7 @@ class TupeModel(TupePreTrainedModel):
                 config.num_attention_heads,
                 scheme,
                 max_positions=config.max_position_embeddings,
-                bidirectional=not causal,
+                bidirectional=not self.causal,
                 num_buckets=config.num_buckets,
                 max_distance=config.max_distance,
                 layer_norm_eps=config.layer_norm_eps,

@@ -31,7 +31,7 @@ from transformers.modeling_outputs import (
 from transformers.utils.generic import can_return_tuple
 
 from memlm.core.config import check
-from memlm.models.tupe.config import TupeConfig, labels_of
+from memlm.models.tupe.config import TupeConfig, as_decoder, labels_of
 from memlm.models.tupe.encoder import HeadLinear, TupeModel, TupePreTrainedModel
 from memlm.models.tupe.tokenizer import TupeTokenizer
 
@@ -57,9 +57,9 @@ class TupeLMHead(nn.Module):
 class _WithLMHead(TupePreTrainedModel):
     _tied_weights_keys = _TIED
 
-    def __init__(self, config: TupeConfig, *, causal: bool):
+    def __init__(self, config: TupeConfig):
         super().__init__(config)
-        self.tupe = TupeModel(config, causal=causal)
+        self.tupe = TupeModel(config)
         self.lm_head = TupeLMHead(config)
         self.post_init()
 
@@ -76,7 +76,7 @@ class TupeForMaskedLM(_WithLMHead):
     """Predicts masked tokens: what TUPE is pre-trained for."""
 
     def __init__(self, config: TupeConfig):
-        super().__init__(config, causal=False)
+        super().__init__(as_decoder(config, False))
 
     @can_return_tuple
     def forward(
@@ -120,7 +120,7 @@ class TupeForCausalLM(_WithLMHead, GenerationMixin):
     """Predicts the next token, with untied positions: all relative buckets are for the past."""
 
     def __init__(self, config: TupeConfig):
-        super().__init__(config, causal=True)
+        super().__init__(as_decoder(config, True))
 
     @can_return_tuple
     def forward(
@@ -180,6 +180,7 @@ class TupeForSequenceClassification(TupePreTrainedModel):
     """Predicts one label of a sample; with ``num_labels=1`` a number."""
 
     def __init__(self, config: TupeConfig):
+        config = as_decoder(config, False)
         super().__init__(config)
         self.tupe = TupeModel(config)
         self.classifier = TupeSentenceHead(config)
@@ -223,6 +224,7 @@ class TupeForTokenClassification(TupePreTrainedModel):
     """Predicts one label of every token."""
 
     def __init__(self, config: TupeConfig):
+        config = as_decoder(config, False)
         super().__init__(config)
         self.tupe = TupeModel(config)
         self.dropout = config.classifier_dropout

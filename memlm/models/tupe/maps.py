@@ -7,9 +7,10 @@ queries, untied tokens left out), after the patterns that Ke et al. (2021, figur
     local            half of it within an eighth of the length
     global           nearly even: entropy above 95 % of the greatest
     broad            anything else
+
+A decoder's heads see the past only: later keys have the score -inf.
 """
 
-import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,6 +52,9 @@ def position_maps(model: torch.nn.Module, length: int) -> PositionMaps:
     for module in model.modules():
         if isinstance(module, UntiedPositions):
             found = position_scores(module(length), length, module.scale)[0].float().cpu()
+            if not module.bidirectional:
+                past = torch.ones(length, length, dtype=torch.bool).tril()
+                found = found.masked_fill(~past, -torch.inf)
             return PositionMaps(found, tuple(label_of(one) for one in found))
     raise UnsupportedModelError(
         "the model must score positions apart (TUPE, BERT-R, BERT-A^d), but holds no such part"
@@ -74,7 +78,8 @@ def label_of(scores: Tensor) -> str:
     if share(offset == 1) > 0.5:
         return "next"
     entropy = float(torch.special.entr(weights).sum(-1).mean())
-    if entropy > 0.95 * math.log(length):
+    seen = (~torch.isneginf(inner)).sum(-1)
+    if entropy > 0.95 * float(seen.double().log().mean()):
         return "global"
     return "local" if share(offset.abs() <= max(1, length // 8)) > 0.5 else "broad"
 
@@ -88,6 +93,7 @@ def draw_maps(maps: PositionMaps, path: str | Path) -> None:
 
     Raises:
         MissingExtraError: without matplotlib.
+        InputError: if ``path`` ends in no kind of picture that matplotlib writes.
     """
     require("matplotlib", extra="plot", purpose="draw maps")
     from matplotlib.figure import Figure
@@ -95,15 +101,23 @@ def draw_maps(maps: PositionMaps, path: str | Path) -> None:
     heads = len(maps.labels)
     columns = min(4, heads)
     rows = -(-heads // columns)
-    figure = Figure(figsize=(3 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 3.2 * rows), layout="constrained")
     axes: Any = figure.subplots(rows, columns, squeeze=False)
     for number, axis in enumerate(axes.flat):
         if number >= heads:
             axis.set_axis_off()
             continue
-        axis.imshow(maps.scores[number].softmax(-1).numpy(), cmap="viridis")
+        weights = maps.scores[number].softmax(-1).numpy()
+        # from zero, so that an even head looks even
+        image = axis.imshow(weights, cmap="viridis", vmin=0.0)
+        figure.colorbar(image, ax=axis, shrink=0.7)
         axis.set_title(f"head {number}: {maps.labels[number]}")
         axis.set_xlabel("key position")
         axis.set_ylabel("query position")
-    figure.suptitle("attention by position alone")
+    figure.suptitle("weight of every key, by position alone")
+    kinds = figure.canvas.get_supported_filetypes()
+    check(
+        Path(path).suffix.removeprefix(".").lower() in kinds,
+        f"a picture must end in one of {', '.join(sorted(kinds))}, got {str(path)!r}",
+    )
     figure.savefig(path)

@@ -20,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 from transformers import PreTrainedTokenizer
 
+from memlm.core.errors import InputError
 from memlm.data.bpe_codes import read_codes
 from memlm.data.cleaning import glue_line, replace_patterns
 from memlm.formats.dictionary import SPECIALS, Dictionary, read_dictionary
@@ -56,15 +57,23 @@ class TupeTokenizer(PreTrainedTokenizer):
 
     Raises:
         CorruptStoreError: if a file is missing or damaged.
-        InputError: if a pair of codes or a word stands there twice.
+        InputError: if there is no file, or a pair of codes or a word stands there twice.
     """
 
     vocab_files_names = {"dictionary_file": "dict.txt", "codes_file": "bpe-code"}  # noqa: RUF012
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(
-        self, dictionary_file: str, codes_file: str, *, prepared: bool = False, **settings: Any
+        self,
+        dictionary_file: str | None,
+        codes_file: str | None,
+        *,
+        prepared: bool = False,
+        **settings: Any,
     ):
+        if dictionary_file is None or codes_file is None:  # so transformers, where none is saved
+            names = " and ".join(self.vocab_files_names.values())
+            raise InputError(f"a TUPE tokenizer must have its files, {names}, but there is none")
         self.dictionary, self.codes = read_tupe_dictionary(dictionary_file), read_codes(codes_file)
         self.files = Path(dictionary_file), Path(codes_file)
         self.prepared = prepared

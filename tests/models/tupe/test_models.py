@@ -66,9 +66,49 @@ def test_saved_and_loaded(kind, auto, tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
         body = AutoModel.from_pretrained(tmp_path).eval()
-        if kind is not TupeForCausalLM:
-            wanted = model.tupe(TOKENS).last_hidden_state
-            assert torch.equal(body(TOKENS).last_hidden_state, wanted)
+        assert body.causal == (kind is TupeForCausalLM)
+        wanted = model.tupe(TOKENS).last_hidden_state
+        assert torch.equal(body(TOKENS).last_hidden_state, wanted)
+
+
+def test_a_decoder_and_an_encoder_share_a_configuration():
+    config = config_of()
+    decoder, encoder = TupeForCausalLM(config), TupeForTokenClassification(config)
+    assert (decoder.tupe.causal, encoder.tupe.causal, config.is_decoder) == (True, False, False)
+    assert not TupeForMaskedLM(decoder.config).tupe.causal
+
+
+@pytest.mark.parametrize(
+    ("size", "scheme", "parameters"),
+    [("base", "tupe-a", 112_424_193), ("large", "tupe-a", 339_577_857)],
+)
+def test_published_sizes(size, scheme, parameters):
+    with torch.device("meta"):
+        model = TupeForMaskedLM(TupeConfig.preset(size, scheme))
+        assert model.num_parameters() == parameters
+        relative = TupeForMaskedLM(TupeConfig.preset(size, "tupe-r"))
+        heads = model.config.num_attention_heads
+        assert relative.num_parameters() == parameters + 33 * heads
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+def test_a_prefix_is_read_both_ways_and_the_rest_to_the_left(scheme):
+    model = make(TupeForMaskedLM, scheme)
+    place = torch.arange(6)
+    visible = ((place[None] <= place[:, None]) | (place < 3))[None, None]
+    changed = TOKENS[:1].clone()
+    changed[0, 4] = 11
+    with torch.no_grad():
+        before, after = (model(one, visible=visible).logits[0] for one in (TOKENS[:1], changed))
+        torch.testing.assert_close(before[:4], after[:4])  # no look ahead
+        assert not torch.allclose(before[4:], after[4:])
+        changed[0, 4], changed[0, 2] = TOKENS[0, 4], 11
+        within = model(changed, visible=visible).logits[0]
+        assert not torch.allclose(before[1], within[1])  # inside the prefix, ahead too
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(
+            model(TOKENS[:1], visible=visible).logits[0], before, atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
@@ -160,13 +200,14 @@ def test_positions_of_all_tokens_are_asked_for():
             model(torch.tensor([[7]]), past_key_values=cache, position_ids=torch.tensor([[9]]))
 
 
-def test_tied_head_survives_resizing(tmp_path):
-    model = make(TupeForMaskedLM)
+@pytest.mark.parametrize("kind", [TupeForMaskedLM, TupeForCausalLM])
+def test_tied_head_survives_resizing(kind, tmp_path):
+    model = make(kind)
     model.resize_token_embeddings(48, mean_resizing=False)
     assert model.lm_head.decoder.weight is model.tupe.embeddings.word_embeddings.weight
     assert model(TOKENS).logits.shape[-1] == 48
     model.save_pretrained(tmp_path)
-    loaded = TupeForMaskedLM.from_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path)
     assert loaded.lm_head.decoder.weight is loaded.tupe.embeddings.word_embeddings.weight
 
 
