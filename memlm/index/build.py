@@ -12,11 +12,11 @@ centroids are not those of the original files.
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -34,7 +34,7 @@ from memlm.core.files import (
 from memlm.core.progress import bar
 from memlm.core.types import Index
 from memlm.index.exact import ExactIndex
-from memlm.index.keys import KeySource, as_keys, load_if_it_fits
+from memlm.index.keys import KeySource, as_keys, load_if_it_fits, sample_keys
 from memlm.index.metrics import prepare_keys
 from memlm.index.plan import IndexConfig, IndexPlan, plan_index
 from memlm.index.recall import finds_itself, measure_recall
@@ -306,21 +306,9 @@ class _Build:
         return index
 
     def _train(self) -> Any:
-        return train_faiss(
-            self.keys.dim, self.plan.factory, self.config.metric, self._sample, self.config.seed
-        )
-
-    def _sample(self) -> NDArray[np.float32]:
-        generator = np.random.default_rng(self.config.seed)
-        ids = generator.choice(len(self.keys), self.plan.train_size, replace=False)
-        ids.sort()
-        sample = np.empty((len(ids), self.keys.dim), np.float32)
-        for begin in range(0, len(ids), _BLOCK_ROWS):
-            part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
-            sample[begin : begin + len(part)] = prepare_keys(
-                self.keys.gather(part), self.config.metric
-            )
-        return sample
+        metric, seed = self.config.metric, self.config.seed
+        sample = partial(sample_keys, self.keys, self.plan.train_size, metric, seed)
+        return train_faiss(self.keys.dim, self.plan.factory, metric, sample, seed)
 
     def _resume(self) -> Any | None:
         """The unfinished index of an earlier attempt at the very same build, or None."""

@@ -33,7 +33,7 @@ from memlm.core.journal import Journal
 from memlm.core.progress import bar
 from memlm.core.threads import torch_threads
 from memlm.index.exact import ExactIndex
-from memlm.index.keys import KeySource, as_keys
+from memlm.index.keys import KeySource, as_keys, sample_keys
 from memlm.index.metrics import prepare_keys
 from memlm.index.partition import (
     AUTOMATON_DIRECTORY,
@@ -260,7 +260,7 @@ class _Build:
         centroids = pieces.find("centroids")
         if centroids is None:
             centroids = train_centroids(
-                self._sample(),
+                sample_keys(self.keys, self.plan.sample, self.metric, self.config.seed),
                 self.plan.clusters,
                 iterations=self.config.iterations,
                 seed=self.config.seed,
@@ -268,16 +268,6 @@ class _Build:
             )
             pieces.keep("centroids", centroids)
         return ExactIndex(centroids.to(self.device))
-
-    def _sample(self) -> NDArray[np.float32]:
-        generator = np.random.default_rng(self.config.seed)
-        ids = generator.choice(len(self.keys), self.plan.sample, replace=False)
-        ids.sort()
-        sample = np.empty((len(ids), self.keys.dim), np.float32)
-        for begin in range(0, len(ids), _BLOCK_ROWS):
-            part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
-            sample[begin : begin + len(part)] = prepare_keys(self.keys.gather(part), self.metric)
-        return sample
 
     def _assign(self, centroids: ExactIndex, pieces: "_Pieces") -> Tensor:
         cluster_of = torch.full((len(self.keys),), -1, dtype=torch.int32)

@@ -8,10 +8,15 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from memlm.core.config import check
+from memlm.index.metrics import prepare_keys
+
+_BLOCK_ROWS = 1 << 16
 
 
 class KeySource(Protocol):
@@ -116,3 +121,14 @@ def drop_own(scores: Tensor, ids: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
     keep[keep.all(-1), -1] = False
     shape = (len(ids), ids.shape[1] - 1)
     return scores[keep].view(shape), ids[keep].view(shape)
+
+
+def sample_keys(keys: KeySource, count: int, metric: str, seed: int) -> NDArray[np.float32]:
+    """``(count, dim)`` of the keys, drawn without repetition and prepared, in their own order."""
+    ids = np.random.default_rng(seed).choice(len(keys), count, replace=False)
+    ids.sort()
+    sample = np.empty((count, keys.dim), np.float32)
+    for begin in range(0, count, _BLOCK_ROWS):
+        part = torch.from_numpy(ids[begin : begin + _BLOCK_ROWS])
+        sample[begin : begin + len(part)] = prepare_keys(keys.gather(part), metric)
+    return sample
