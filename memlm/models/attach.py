@@ -18,7 +18,6 @@ A memory with state (an automaton, a local memory) walks the text position by po
 its state on the cache (see ``models.cache``), so it needs one: ``use_cache=False`` is refused.
 """
 
-import copy
 import inspect
 import os
 from typing import Any, Literal, Self
@@ -36,7 +35,7 @@ from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.merges import Merge, Mixture, merge_from_dict
 from memlm.core.types import TokenMemory
 from memlm.models.cache import MemoryCache, carry, state_before
-from memlm.models.config import MemoryConfig
+from memlm.models.config import MemoryConfig, speak_for
 from memlm.models.match import check_match, stored_tap
 from memlm.models.rows import keep, merge_rows, places, valid_positions, walk_rows
 from memlm.models.saved import load_base, load_memory, write_base, write_memory
@@ -81,7 +80,7 @@ def attach(
     if model.config.is_encoder_decoder or "past_key_values" not in accepted:
         raise UnsupportedModelError(
             f"a memory needs a decoder-only model with `past_key_values`, got "
-            f"{type(model).__name__}; use a causal transformer language model"
+            f"{type(model).__name__}; use a causal language model with a key-value cache"
         )
     found = find_tap(model, tap or stored_tap(memory) or "auto")
     for part in (memory,) if interpolate is None else (memory, interpolate[0]):
@@ -142,15 +141,9 @@ class MemoryForCausalLM(PreTrainedModel, GenerationMixin):
         model.memory, model.merge, model.tap = memory, merge, tap
         model.interpolate = interpolate
         model.training = base.training
-        model.generation_config = copy.deepcopy(base.generation_config)
-        # A memory's search is no part of a compiled graph.
-        model.generation_config.disable_compile = True
+        speak_for(model, base)
         model.supports_gradient_checkpointing = base.supports_gradient_checkpointing
         model._is_stateful = base._is_stateful
-        tied = getattr(base, "all_tied_weights_keys", None) or {}
-        model.all_tied_weights_keys = {
-            f"base.{name}": f"base.{source}" for name, source in tied.items()
-        }
         return model
 
     def detach(self) -> PreTrainedModel:

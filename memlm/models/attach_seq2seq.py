@@ -11,7 +11,6 @@ a family adds a bias to its logits (Marian, BART), it belongs to the model's dis
 mixed with the memory's; there it is added to the logarithm of the mixture (``bias="outside"``).
 """
 
-import copy
 from typing import Any, Literal, Self
 
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from memlm.core.errors import InputError, UnsupportedModelError
 from memlm.core.merges import Merge, Mixture
 from memlm.core.types import TokenMemory
 from memlm.data.batches import IGNORED
-from memlm.models.config import AroundConfig
+from memlm.models.config import AroundConfig, speak_for
 from memlm.models.match import check_match, stored_tap
 from memlm.models.pairs import check_encoder_decoder
 from memlm.models.rows import merge_rows
@@ -122,12 +121,7 @@ class MemoryForSeq2SeqLM(PreTrainedModel, GenerationMixin):
         model.base = base
         model.memory, model.merge, model.tap, model.bias = memory, merge, tap, bias
         model.training = base.training
-        model.generation_config = copy.deepcopy(base.generation_config)
-        model.generation_config.disable_compile = True
-        tied = getattr(base, "all_tied_weights_keys", None) or {}
-        model.all_tied_weights_keys = {
-            f"base.{name}": f"base.{source}" for name, source in tied.items()
-        }
+        speak_for(model, base)
         return model
 
     def detach(self) -> PreTrainedModel:

@@ -4,11 +4,23 @@ Whatever they do not define themselves is the base model's (``vocab_size``, ``hi
 ``use_cache``, ...), so code that reads a model's configuration keeps working.
 """
 
+import copy
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 MODEL_TYPE = "memlm"
+
+
+def speak_for(model: PreTrainedModel, base: PreTrainedModel) -> None:
+    """Let a model around ``base`` generate as it does, and say which of its weights are tied."""
+    generation = copy.deepcopy(base.generation_config)
+    generation.disable_compile = True  # a search is no part of a compiled graph
+    model.generation_config = generation
+    tied = getattr(base, "all_tied_weights_keys", None) or {}
+    model.all_tied_weights_keys = {
+        f"base.{name}": f"base.{source}" for name, source in tied.items()
+    }
 
 
 class AroundConfig(PreTrainedConfig):

@@ -116,6 +116,16 @@ def extend_context(
     selected = _selected(middle, window, layers)
     probe = look(base, inner, uniform_window(base), base.config.model_type in FAMILIES)
     extension = Extension(base, inner, config, selected, chunk, impl)
+    extension.settings = {
+        "window": window,
+        "sinks": sinks if isinstance(sinks, int) else [list(span) for span in sinks],
+        "distance_limit": distance_limit,
+        "clamp": clamp,
+        "middle": middle.to_dict() if isinstance(middle, MiddleConfig) else middle,
+        "triangle_offset": triangle_offset,
+        "chunk": chunk,
+        "impl": impl,
+    }
     try:
         extension.prove(probe)
     except BaseException:
@@ -185,6 +195,18 @@ def restore_context(model: PreTrainedModel) -> PreTrainedModel:
         raise InputError("the model must be extended, but it is not; call extend_context(model)")
     getattr(body(model), EXTENDED).undo()
     return model
+
+
+def extension_settings(model: PreTrainedModel) -> dict[str, Any] | None:
+    """What ``extend_context`` was called with, ready for JSON; None if it is not in force."""
+    return dict(getattr(body(model), EXTENDED).settings) if is_extended(model) else None
+
+
+def extend_again(model: PreTrainedModel, settings: dict[str, Any]) -> PreTrainedModel:
+    """``extend_context`` with what `extension_settings` told."""
+    middle = settings["middle"]
+    selected = middle if isinstance(middle, str) else MiddleConfig.from_dict(middle)
+    return extend_context(model, **{**settings, "middle": selected})
 
 
 @contextmanager

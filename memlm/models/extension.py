@@ -62,6 +62,7 @@ class Extension:
         middle: which middle tokens they see besides; None: none.
         impl: of `memlm.ops.window_attention.window_attention`, for more than one token.
         layers: the attention modules, in order.
+        settings: what ``extend_context`` was called with, to save it beside a model.
         watch: called with every layer's queries and keys as they attend:
             ``watch(layer, query, keys, how)``; None: nobody looks.
     """
@@ -77,6 +78,7 @@ class Extension:
     ):
         self.model, self.inner, self.config = model, inner, config
         self.middle = middle
+        self.settings: dict[str, Any] = {}
         self.impl: Impl = impl
         _own_config(model)
         self.family: str = model.config.model_type

@@ -3,6 +3,7 @@
     config.json             the base model's configuration, merge, tap, and where everything is
     base/                   the base model (``base="copy"``)
 
+A base model that ``extend_context`` prepared is prepared alike when it is loaded.
 A store is not copied: the configuration names its place (relative and absolute, so that either a
 whole folder or only the model may move), its fingerprint and the memory's settings. Everything
 that is found again is compared with the fingerprint that was saved.
@@ -22,6 +23,8 @@ from memlm.memory.knn import KnnConfig, KnnMemory
 from memlm.memory.local import LocalMemory
 from memlm.memory.long import LongMemory
 from memlm.memory.together import Together
+from memlm.models.config import AroundConfig
+from memlm.models.extend import extend_again, extension_settings, is_extended
 from memlm.models.fingerprint import model_hash
 from memlm.store.manifest import MANIFEST
 from memlm.store.reader import Datastore
@@ -39,13 +42,17 @@ def write_base(model: PreTrainedModel, directory: str, kind: str, **kwargs: Any)
         kwargs: for its ``save_pretrained``; a ``state_dict`` may be that of the whole.
 
     Returns:
-        What the configuration records: ``path`` (None: beside it) and ``fingerprint``.
+        What the configuration records: ``path`` (None: beside it), ``fingerprint``, and with which
+        settings ``extend_context`` is in force, if it is.
 
     Raises:
         InputError: for another kind, or a reference to a model that came from nowhere.
     """
     if kind not in ("copy", "reference"):
         raise InputError(f"base must be 'copy' or 'reference', got {kind!r}")
+    saved: dict[str, Any] = {"path": None, "fingerprint": model_hash(model)}
+    if (settings := extension_settings(model)) is not None:
+        saved["extended"] = settings
     if kind == "reference":
         name = model.config.name_or_path
         if not name:
@@ -54,15 +61,17 @@ def write_base(model: PreTrainedModel, directory: str, kind: str, **kwargs: Any)
                 "one was not; use base='copy'"
             )
         path = os.path.abspath(name) if os.path.isdir(name) else name
-        return {"path": path, "fingerprint": model_hash(model)}
+        return {**saved, "path": path}
     if (state := kwargs.get("state_dict")) is not None:
         kwargs["state_dict"] = {
             name.removeprefix("base."): value
             for name, value in state.items()
             if name.startswith("base.")
         }
+    if isinstance(model.config, AroundConfig):  # a copy stands by itself
+        kwargs["base"] = kind
     model.save_pretrained(os.path.join(directory, BASE_FOLDER), **kwargs)
-    return {"path": None, "fingerprint": model_hash(model)}
+    return saved
 
 
 def load_base(
@@ -88,7 +97,10 @@ def load_base(
     if isinstance(base, PreTrainedModel):
         model = base
     elif base is None and saved.get("path") is None:
-        model = AutoModelForCausalLM.from_pretrained(directory, subfolder=BASE_FOLDER, **kwargs)
+        beside = os.path.join(directory, BASE_FOLDER)
+        if not os.path.isdir(beside):  # on the Hub
+            beside, kwargs = directory, {**kwargs, "subfolder": BASE_FOLDER}
+        model = AutoModelForCausalLM.from_pretrained(beside, **kwargs)
     else:
         model = AutoModelForCausalLM.from_pretrained(base or saved["path"], **kwargs)
     wanted = saved.get("fingerprint")
@@ -98,6 +110,8 @@ def load_base(
             f"{model.config.name_or_path or 'the given model'} in {model.dtype}; give the model it "
             "was saved with as `base`, or pass verify=False if you know they agree"
         )
+    if (settings := saved.get("extended")) is not None and not is_extended(model):
+        extend_again(model, settings)
     return model
 
 
