@@ -1,10 +1,18 @@
 """Recorded models of retro-pytorch, and how they were run."""
 
 import json
+import re
 
 from safetensors.torch import load_file
 
 from memlm.importers.retro_checkpoint import import_retro
+
+
+def stated(folder, pattern):
+    """Numbers that only a case's README states."""
+    found = re.search(pattern, (folder / "README.md").read_text())
+    assert found, f"{folder.name} must state {pattern}"
+    return tuple(map(float, found.groups()))
 
 
 def read_model(folder, weights="weights.safetensors", **changes):
@@ -15,7 +23,7 @@ def read_model(folder, weights="weights.safetensors", **changes):
     ):
         if config.get(theirs) is not None:
             changes[ours] = config[theirs]
-    if "paper_positions" in folder.name:
+    if "holds the CORRECTED (paper) positions" in (folder / "README.md").read_text():
         changes["compatibility"] = "none"
     model = import_retro(load_file(folder / weights), chunk_size=config["chunk_size"], **changes)
     return model, config

@@ -3,7 +3,7 @@
 import json
 
 import torch
-from retro_models import read_model, run
+from retro_models import read_model, run, stated
 from safetensors.torch import load_file
 
 from memlm.importers.retro_checkpoint import target_name
@@ -12,14 +12,15 @@ from memlm.training.retro_groups import retro_groups
 
 
 class Arithmetic:
-    """The recorded retrieval: token (sum of the chunk + 7 j + 3 p) mod 127 + 1 at place p."""
+    """The recorded retrieval: token (sum of the chunk + a j + b p) mod c + d at place p."""
 
-    def __init__(self, k, length):
-        self.grid = 7 * torch.arange(k)[:, None] + 3 * torch.arange(length)
+    def __init__(self, k, length, a, b, modulus, first):
+        self.grid = a * torch.arange(k)[:, None] + b * torch.arange(length)
+        self.modulus, self.first = modulus, first
 
     def retrieve(self, chunks):
         sums = torch.stack([chunk.sum() for chunk in chunks])
-        tokens = (sums[:, None, None] + self.grid) % 127 + 1
+        tokens = (sums[:, None, None] + self.grid) % self.modulus + self.first
         return tokens, torch.ones_like(tokens, dtype=torch.bool)
 
 
@@ -36,7 +37,9 @@ def test_generation(golden_retro_generate):
     folder = golden_retro_generate
     model, config = read_model(folder)
     data = load_file(folder / "data.safetensors")
-    retriever = Arithmetic(config["knn"], 2 * config["chunk_size"])
+    formula = r"\(\(sum\(t\) \+ (\d+)\*j \+ (\d+)\*p\) mod (\d+)\) \+ (\d+)"
+    numbers = map(int, stated(folder, formula))
+    retriever = Arithmetic(config["knn"], 2 * config["chunk_size"], *numbers)
     for name, case in json.loads((folder / "runs.json").read_text()).items():
         found = generate_as_original(
             model,
@@ -53,6 +56,7 @@ def test_generation(golden_retro_generate):
 def test_training(golden_retro_optimizer_and_trajectory):
     folder = golden_retro_optimizer_and_trajectory
     model, _ = read_model(folder, "weights_initial.safetensors")
+    gated = model.config.norm == "gated_rms"
     data = load_file(folder / "data.safetensors")
     recorded = json.loads((folder / "param_groups.json").read_text())
     groups = retro_groups(model, weight_decay=recorded[0]["weight_decay"])
@@ -60,7 +64,7 @@ def test_training(golden_retro_optimizer_and_trajectory):
     for group, expected in zip(groups, recorded, strict=True):
         assert group["weight_decay"] == expected["weight_decay"]
         found = {names[id(parameter)] for parameter in group["params"]}
-        assert found == {target_name(name, gated=False) for name in expected["params"]}
+        assert found == {target_name(name, gated=gated) for name in expected["params"]}
     optimizer = torch.optim.AdamW(
         groups, lr=recorded[0]["lr"], betas=recorded[0]["betas"], eps=recorded[0]["eps"]
     )
@@ -76,5 +80,5 @@ def test_training(golden_retro_optimizer_and_trajectory):
     state = model.state_dict()
     for name, expected in data.items():
         if name.startswith("final."):
-            value = state[target_name(name.removeprefix("final."), gated=False)]
+            value = state[target_name(name.removeprefix("final."), gated=gated)]
             torch.testing.assert_close(value.view_as(expected), expected, atol=1e-3, rtol=0)
