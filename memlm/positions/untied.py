@@ -6,9 +6,9 @@
 
 (Ke et al. 2021, section 3; the layout of the rows is that of the authors' code.) The terms are made
 once per forward pass and shared by all layers; in evaluation they are kept until the weights or the
-length change. Positions need not be column numbers: give ``position_ids`` for packed documents,
-left padding or permuted tokens, and ``untied`` for the tokens that see no positions (default: those
-at position 0).
+length change (an edit through ``.data`` is seen after the next ``train()`` or ``eval()``).
+Positions need not be column numbers: give ``position_ids`` for packed documents, left padding or
+permuted tokens, and ``untied`` for the tokens that see no positions (default: those at position 0).
 
 Where it differs from the paper: U_Q and U_K have bias vectors, the position vectors a LayerNorm,
 and theta_1, theta_2 also hold a bucket bias each (the code resets both terms, the paper their sum);
@@ -100,6 +100,11 @@ class UntiedPositions(nn.Module):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
+
+    def train(self, mode: bool = True) -> "UntiedPositions":
+        """As of any module; terms that were kept are made anew."""
+        self._kept.clear()
+        return super().train(mode)
 
     def forward(
         self,

@@ -35,6 +35,42 @@ def test_evaluation_makes_terms_once(monkeypatch):
     assert made(5) is not made(5)
 
 
+def test_kept_terms_follow_the_weights():
+    made = make()
+
+    def changed(change):
+        """Whether the terms are others after a change of the weights."""
+        with torch.no_grad():
+            before = made(5)
+            assert made(5) is before
+        change()
+        with torch.no_grad():
+            after = made(5)
+            assert made(5) is after
+        return after is not before
+
+    def learn():
+        optimizer = torch.optim.AdamW(made.parameters(), lr=0.1)
+        made(5).query.sum().backward()
+        optimizer.step()
+
+    def replace():
+        made.key.weight = torch.nn.Parameter(torch.ones_like(made.key.weight))
+
+    def behind_the_back():
+        made.relative.weight.data.add_(1.0)
+        made.eval()
+
+    assert changed(learn)
+    assert changed(lambda: torch.nn.init.normal_(made.positions.weight))
+    assert changed(replace)
+    assert changed(behind_the_back)
+    assert changed(lambda: made.load_state_dict(make().state_dict()))
+    assert changed(lambda: made.double())
+    assert made(5).query.dtype == torch.float64
+    assert not changed(lambda: None)
+
+
 def test_a_graph_is_never_kept():
     made = make()
     for _ in range(2):
