@@ -7,7 +7,7 @@ their median, 6 % of the steps of warm-up, linear decay, weight decay 0.01, norm
 from dataclasses import dataclass
 from typing import Any
 
-from memlm.core.config import Config, check
+from memlm.core.config import Config, check, check_at_least
 from memlm.data.glue import GlueTask
 from memlm.training.config import RunConfig
 from memlm.training.polynomial import warmup_steps_of
@@ -58,9 +58,8 @@ class FinetuneConfig(Config):
     def __post_init__(self) -> None:
         check(len(self.learning_rates) > 0, "learning_rates must hold at least one, got none")
         check(len(self.seeds) > 0, "seeds must hold at least one, got none")
-        check(self.epochs is None or self.epochs >= 1, f"epochs must be positive: {self.epochs}")
-        check(self.batch_size >= 1, f"batch_size must be at least 1, got {self.batch_size}")
-        check(self.max_length >= 4, f"max_length must be at least 4, got {self.max_length}")
+        check_at_least(self, 1, "epochs", "batch_size")
+        check_at_least(self, 4, "max_length")
         warmup_steps_of(self.warmup_ratio, 1)
 
     def shared(self) -> dict[str, Any]:

@@ -8,10 +8,10 @@ steps of 256 blocks of 512 tokens, Adam as fairseq computes it with decay 0.01 o
 from dataclasses import dataclass
 from typing import Any, Self
 
-from memlm.core.config import check
+from memlm.core.config import check, check_at_least
 from memlm.data.masking import Masking
 from memlm.positions.scheme import PositionScheme
-from memlm.training.config import RunConfig
+from memlm.training.config import SHAPE, RunConfig
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,7 @@ class MaskedLMConfig(RunConfig):
         PositionScheme.named(self.scheme)
         self.masking()  # checks its own part
         check(0 <= self.dropout < 1, f"dropout must lie in [0, 1), got {self.dropout}")
-        for name in ("hidden_size", "layers", "heads", "intermediate_size"):
-            check(getattr(self, name) >= 1, f"{name} must be at least 1, got {getattr(self, name)}")
+        check_at_least(self, 1, *SHAPE)
 
     def masking(self) -> Masking:
         """How samples are masked."""

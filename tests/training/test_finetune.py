@@ -259,5 +259,9 @@ def test_the_protocol():
     assert json.dumps(config.to_dict())
     with pytest.raises(InputError, match="learning_rates must hold at least one"):
         FinetuneConfig(task="cola", learning_rates=())
+    with pytest.raises(InputError, match="max_length must be at least 4, got 3"):
+        FinetuneConfig(task="cola", max_length=3)
+    with pytest.raises(InputError, match="epochs must be at least 1, got 0"):
+        FinetuneConfig(task="cola", epochs=0)
     with pytest.raises(InputError, match="warmup_ratio must lie"):
         FinetuneConfig(task="cola", warmup_ratio=1.5)

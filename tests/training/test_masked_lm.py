@@ -188,6 +188,7 @@ def test_published_recipe():
         (lambda: PolynomialRate(1.0, 10, 11), "warmup must lie between 0 and 10"),
         (lambda: MaskedLMConfig(max_steps=1, scheme="rope"), "scheme must be one of"),
         (lambda: MaskedLMConfig(max_steps=1, dropout=1.0), "dropout must lie"),
+        (lambda: MaskedLMConfig(max_steps=1, heads=0), "heads must be at least 1, got 0"),
         (lambda: MaskedLMConfig(max_steps=1, mask_prob=0.0), "mask_prob must lie"),
         (lambda: Masking(leave_prob=0.6, random_prob=0.6), "must not exceed 1 together"),
         (lambda: Masker(10, 10, Masking()), r"mask_token must be in \[0, 10\)"),
