@@ -9,7 +9,8 @@ the mean over 64 steps with the cache, one of which retrieves; the package's, on
 whole text, which is what it does for every token. Without ``--package`` the comparison is with
 reading the whole text at every token.
 
-The ceiling is the arithmetic of the step (`flops`) at the speed of a large matrix product here.
+The ceiling is the arithmetic of the step (`flops`) at the speed of a large matrix product here;
+``--shares`` says where the time of a step goes (`bench_retro_pipeline`: the same for the data).
 """
 
 import argparse
@@ -141,6 +142,33 @@ def measure_tokens(which: str) -> dict:
     return found
 
 
+def measure_shares(which: str) -> dict:
+    """Shares of a training step's time in matrix products, in attention, and in all the rest."""
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    model = (ours if which == "ours" else package)().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    tokens, neighbours = made_up(TIME)
+
+    def step():
+        model(tokens[:, :-1], shift_labels=tokens[:, 1:], neighbours=neighbours).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        for _ in range(STEPS - 1):
+            step()
+    spent = {"matrix products": 0.0, "attention": 0.0, "rest": 0.0}
+    for event in seen.key_averages():
+        attention = "scaled_dot_product" in event.key
+        products = event.key in ("aten::mm", "aten::addmm", "aten::bmm")
+        kind = "attention" if attention else "matrix products" if products else "rest"
+        spent[kind] += event.self_cpu_time_total
+    return {kind: part / sum(spent.values()) for kind, part in spent.items()}
+
+
 def worker(python: str, what: str, which: str, threads: int) -> dict:
     command = [python, __file__, "--worker", what, which, "--threads", str(threads)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -182,6 +210,7 @@ def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--package", help="a Python that can import retro_pytorch")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--shares", action="store_true", help="only: where a step's time goes")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
@@ -189,10 +218,15 @@ def main():
 
         torch.set_num_threads(options.threads)
         what, which = options.worker
-        print(json.dumps((measure_step if what == "step" else measure_tokens)(which)))
+        jobs = {"step": measure_step, "tokens": measure_tokens, "shares": measure_shares}
+        print(json.dumps(jobs[what](which)))
         return
     from benchmarks.common import matmul_flops, save
 
+    if options.shares:
+        shares = worker(sys.executable, "shares", "ours", options.threads)
+        save("retro_shares", {"shares_of_a_step": shares})
+        return
     result = compare(options.package, options.threads)
     ceiling = 3 * flops(TIME) / matmul_flops(options.threads)
     steps = result["training_step"]

@@ -1,5 +1,6 @@
 """``memlm retro STAGE``: from a folder of text to a table of neighbours, stage by stage."""
 
+import dataclasses
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -14,7 +15,11 @@ from memlm.core.errors import InputError
 Stage = Literal[
     "chunk", "append", "delete", "embed", "index", "neighbours", "inspect", "evaluate", "verify"
 ]
-_AGAIN = os.environ.get("REPROCESS", "").lower() in ("1", "t", "true")
+
+
+def _reprocess() -> bool:
+    """Whether the environment asks to begin again, as retro-pytorch lets it."""
+    return os.environ.get("REPROCESS", "").lower() in ("1", "t", "true")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +74,7 @@ chunk database, whose chunks are looked up in this one (default: the database it
     """Where the encoder or the model runs."""
     plan: bool = False
     """chunk, embed, index, neighbours: only say what it would take."""
-    rebuild: bool = _AGAIN
+    rebuild: bool = dataclasses.field(default_factory=_reprocess)
     """Forget what is there and begin again; so does the environment variable REPROCESS=1."""
     json: bool = False
     """Print the result as JSON."""

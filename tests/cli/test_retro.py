@@ -295,11 +295,22 @@ def test_editing(place, capsys):
     name = next((place / "news").iterdir()).name
     assert answer(capsys, place, "delete", "--names", name)["deleted"] == 1
     assert answer(capsys, place, "verify") == {"problems": []}
+    encoder = ("--encoder", place / "encoder", "--tokenizer", place / "encoder")
+    for name in (("embed", *encoder), ("index",)):
+        answer(capsys, place, *name)
+    found = answer(capsys, place, "neighbours", "--retriever", "dense", *encoder)
+    assert found["chunks"] == more["chunks"]
+    keys = place / "database" / "embeddings" / "keys-00000.npy"
+    data = bytearray(keys.read_bytes())
+    data[-1] ^= 1
+    keys.write_bytes(data)
+    assert stage(place, "verify") == 1
+    assert "keys-00000.npy was altered" in capsys.readouterr().out
     (place / "database" / "segment-00000.safetensors").unlink()
     assert stage(place, "verify") == 2
 
 
-def test_what_is_missing_is_named(place, capsys):
+def test_what_is_missing_is_named(place, capsys, monkeypatch):
     assert stage(place, "neighbours") == 2
     assert "holds none; run: memlm retro chunk" in capsys.readouterr().err
     assert stage(place, "chunk", "--text", place / "text") == 2
@@ -308,6 +319,10 @@ def test_what_is_missing_is_named(place, capsys):
     assert stage(place, "chunk", *chunk(place)[:-1], 4) == 2
     assert "chunk_size is 4 here and 8 there" in capsys.readouterr().err
     assert stage(place, "chunk", *chunk(place)[:-1], 4, "--rebuild") == 0
+    for value, done in (("0", 2), ("True", 0)):
+        monkeypatch.setenv("REPROCESS", value)
+        assert stage(place, "chunk", *chunk(place)) == done
+    monkeypatch.delenv("REPROCESS")
     for name, wanted in (("append", "--text"), ("delete", "--names"), ("evaluate", "--model")):
         assert stage(place, name) == 2
         assert wanted in capsys.readouterr().err
