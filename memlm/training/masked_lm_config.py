@@ -12,6 +12,7 @@ from memlm.core.config import check, check_at_least
 from memlm.data.masking import Masking
 from memlm.positions.scheme import PositionScheme
 from memlm.training.config import SHAPE, RunConfig
+from memlm.training.polynomial import warmup_steps_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class MaskedLMConfig(RunConfig):
         dropout: of hidden states and of attention.
         mask_prob: share of tokens that are predicted.
         whole_words: mask words instead of tokens.
+        legacy_seeds: draw the masks as the TUPE authors' code does, see `Masking`.
+        warmup_ratio: of all optimiser steps, instead of ``warmup_steps``, which is set to it.
 
     Raises:
         InputError: if a number is out of range.
@@ -44,8 +47,17 @@ class MaskedLMConfig(RunConfig):
     dropout: float = 0.1
     mask_prob: float = 0.15
     whole_words: bool = False
+    legacy_seeds: bool = False
+    warmup_ratio: float | None = None
 
     def __post_init__(self) -> None:
+        if self.warmup_ratio is not None:
+            check(
+                self.max_steps is not None,
+                "warmup_ratio is a share of max_steps: give max_steps, not max_seconds",
+            )
+            steps = warmup_steps_of(self.warmup_ratio, self.max_steps or 0)
+            object.__setattr__(self, "warmup_steps", steps)
         super().__post_init__()
         PositionScheme.named(self.scheme)
         self.masking()  # checks its own part
@@ -54,7 +66,11 @@ class MaskedLMConfig(RunConfig):
 
     def masking(self) -> Masking:
         """How samples are masked."""
-        return Masking(mask_prob=self.mask_prob, whole_words=self.whole_words)
+        return Masking(
+            mask_prob=self.mask_prob,
+            whole_words=self.whole_words,
+            legacy_seeds=self.legacy_seeds,
+        )
 
     @classmethod
     def published(cls, **changes: Any) -> Self:

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -135,6 +136,39 @@ def test_pretraining_learns(tmp_path):
     assert counts.lines["once"] == len(set(SENTENCES))
     assert "words" in counts.describe()
     assert model.config.scheme == "tupe-r"
+
+
+def test_pretraining_in_bfloat16(tokenizer, sentences, tmp_path):
+    config = MaskedLMConfig(
+        **{**SMALL, "precision": "bfloat16"}, max_steps=12, learning_rate=3e-3, dropout=0.0
+    )
+    model = train_masked_lm(sentences, tokenizer, config, tmp_path, quiet=True)
+    assert all(weight.dtype == torch.float32 for weight in model.parameters())
+    summary = json.loads((tmp_path / "training.json").read_text())
+    assert summary["precision"] == "bfloat16"
+    assert summary["curve"][-1]["loss"] < summary["curve"][0]["loss"] - 0.1
+
+
+def test_masks_of_the_authors_streams(tokenizer, sentences):
+    config = MaskedLMConfig(**SMALL, max_steps=1, legacy_seeds=True)
+    masker = Masker(len(tokenizer), tokenizer.mask_token_id, config.masking())
+    blocks = MaskedBlocks(sentences, 48, masker, begin=0, seed=3)
+    found = blocks[len(blocks)]  # the first one of the second epoch
+    first, end = blocks.slices[blocks._shuffled(1)[0]]
+    draw = np.random.RandomState(int(hash((3, 2, int(blocks._shuffled(1)[0]))) % 1e6))
+    length = end - first + 1
+    chosen = draw.choice(length, int(0.15 * length + draw.rand()), replace=False)
+    assert sorted(chosen) == (found["labels"] != -100).nonzero()[:, 0].tolist()
+
+
+def test_warm_up_as_a_share_of_the_steps():
+    config = MaskedLMConfig(max_steps=200, warmup_ratio=0.06, schedule="polynomial")
+    assert config.warmup_steps == 12
+    assert make_schedule(config)(12) == 1
+    assert MaskedLMConfig.from_dict(config.to_dict()) == config
+    assert config.with_limit(max_steps=50).warmup_steps == 3
+    with pytest.raises(InputError, match="give max_steps, not max_seconds"):
+        MaskedLMConfig(max_seconds=5, warmup_ratio=0.06)
 
 
 def pretrain(accumulate, out):
