@@ -131,7 +131,7 @@ def find_tap(model: PreTrainedModel, name: str = "auto") -> Tap:
         raise InputError(f"tap must be 'auto' or one of {_named(TAP_NAMES)}, got {name!r}")
     inner = body(model)
     prefix = next(path for path, module in model.named_modules() if module is inner)
-    family = model.config.model_type
+    family = getattr(inner, "config", model.config).model_type  # of what others were put around
     if name == "final" or (name == "auto" and family not in FAMILIES):
         return Tap("final", prefix, "output")
     if family not in FAMILIES:

@@ -1,9 +1,12 @@
 """Taps read the tensor that enters (or leaves) the last feed-forward, in every family."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from memlm.core.errors import InputError, UnsupportedModelError
+from memlm.models.retro.fit import retro_fit
 from memlm.models.taps import FAMILIES, Tap, body, capture, find_tap, forward_to_tap
 from memlm.testing.tiny import FAMILIES as TINY
 from memlm.testing.tiny import PAIR_FAMILIES, tiny_model, tiny_tokens, tiny_translator
@@ -133,6 +136,14 @@ def test_unknown_families_fall_back_to_the_final_state():
     assert find_tap(model) == Tap("final", "transformer", "output")
     with pytest.raises(UnsupportedModelError, match="'mpt'; use tap='final'"):
         find_tap(model, "ffn_input")
+
+
+def test_a_model_around_another_has_the_tap_of_the_one_inside():
+    model = tiny_model("llama")
+    inside = find_tap(model)
+    around = find_tap(retro_fit(model, chunk_size=4, cross_attention_layers=(1, 2)))
+    assert inside.name == "ffn_input"
+    assert around == replace(inside, module=f"base.{inside.module}")
 
 
 def test_wrong_names_and_models_without_head_are_refused():
