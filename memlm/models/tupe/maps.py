@@ -120,4 +120,4 @@ def draw_maps(maps: PositionMaps, path: str | Path) -> None:
         Path(path).suffix.removeprefix(".").lower() in kinds,
         f"a picture must end in one of {', '.join(sorted(kinds))}, got {str(path)!r}",
     )
-    figure.savefig(path)
+    figure.savefig(path, bbox_inches="tight")  # labels below included
