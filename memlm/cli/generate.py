@@ -9,6 +9,7 @@ from tyro.conf import Positional, arg
 from memlm.cli.middle import MiddleOptions
 from memlm.cli.options import METHODS, READ_TEXT, InterpolationOptions, ModelOptions, show
 from memlm.cli.retriever import DatabaseOptions
+from memlm.core.config import check
 from memlm.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ the model was trained on (default: the model as it is)."""
         prompt = sys.stdin.read() if self.prompt is None else self.prompt
         if not prompt:
             raise InputError("the prompt must not be empty; give some text to continue")
+        self._check_numbers()
         self._check_long()
         self.check_interpolation()
         self.check_database()
@@ -118,6 +120,15 @@ the model was trained on (default: the model as it is)."""
             extend_context(model, window=self.window, sinks=self.sinks, middle=middle or "dropped")
         elif middle is not None:
             raise InputError("--middle needs a model that is extended; give --window")
+
+    def _check_numbers(self) -> None:
+        for option, number in (("--max-new-tokens", self.max_new_tokens), ("--beams", self.beams)):
+            check(number >= 1, f"{option} must be at least 1, got {number}")
+        check(
+            self.sampling_temperature > 0,
+            f"--sampling-temperature must be above 0, got {self.sampling_temperature}",
+        )
+        check(0 < self.top_p <= 1, f"--top-p must be above 0 and at most 1, got {self.top_p}")
 
     def _check_long(self) -> None:
         if self.remember is not None and not (self.method in READ_TEXT and self.long):

@@ -6,7 +6,7 @@ help is instant. A preset is a complete configuration under a name; parameter co
 a vocabulary of 4,096 and computed by ``parameters``.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from memlm.core.config import Config, check, check_at_least
@@ -227,13 +227,10 @@ class TrainConfig(RunConfig):
             InputError: for an unknown name or setting.
         """
         check(name in PRESETS, f"there is no preset {name!r}; there are {', '.join(PRESETS)}")
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(changes) - known)
-        check(not unknown, f"TrainConfig has no setting named {', '.join(unknown)}")
         values = PRESETS[name]
         if {"max_steps", "max_seconds"} & set(changes):
             values = {**values, "max_steps": None, "max_seconds": None}
-        return cls(**{**values, **changes})
+        return cls.from_dict({**values, **changes})
 
     def objective(self) -> Objective:
         """What is lowered."""

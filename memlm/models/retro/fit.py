@@ -17,7 +17,6 @@ front of its layers live during one forward pass. Without neighbours the pass is
 own, bit for bit. Everything else is RETRO's: chunks, encoder, cache and generation.
 """
 
-import copy
 import inspect
 import os
 from contextlib import ExitStack
@@ -39,6 +38,7 @@ from transformers.cache_utils import Cache
 from memlm.core.config import check
 from memlm.core.errors import CorruptStoreError, UnsupportedModelError
 from memlm.core.files import write_atomic
+from memlm.models.config import speak_for
 from memlm.models.fingerprint import model_hash
 from memlm.models.retro.blocks import find_blocks, in_front
 from memlm.models.retro.cache import RetroCache
@@ -168,14 +168,8 @@ class RetroFitForCausalLM(PreTrainedModel, RetrievingGeneration, GenerationMixin
         # a plain list: as submodules they would have two names each
         object.__setattr__(model, "_blocks", [blocks[number] for number in reached])
         model.train(base.training)
-        model.generation_config = copy.deepcopy(base.generation_config)
-        # A search is no part of a compiled graph.
-        model.generation_config.disable_compile = True
+        speak_for(model, base)
         model._is_stateful = base._is_stateful
-        tied = getattr(base, "all_tied_weights_keys", None) or {}
-        model.all_tied_weights_keys = {
-            f"base.{name}": f"base.{source}" for name, source in tied.items()
-        }
         return model
 
     def detach(self) -> PreTrainedModel:
