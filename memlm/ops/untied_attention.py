@@ -171,7 +171,7 @@ def untied_attention(
     if impl in ("auto", "folded"):
         return _folded(query, key, value, terms, scale, sight, dropout)
     if impl == "flex":
-        _check_flex(dropout, query, key, value)
+        _check_flex(dropout, query, key, value, *(terms or ()))
         return _flex(query, key, value, terms, scale, sight)
     raise InputError(f"impl must be 'auto', 'reference', 'folded' or 'flex', got {impl!r}")
 
@@ -261,7 +261,7 @@ def _blocks(
     batch, heads, queries, _ = query.shape
     time = key.shape[2]
     first = time - queries
-    most = max(1, _BLOCK // (batch * heads * time))
+    most = max(1, _BLOCK // max(1, batch * heads * time))
     size = -(-queries // -(-queries // most))  # all about equally many
     by_offset = None if terms is None else terms.by_offset
     shared = None if terms is None else terms.shared_bias
@@ -398,11 +398,11 @@ def _both(first: Tensor | None, second: Tensor) -> Tensor:
     return second if first is None else first & second
 
 
-def _check_flex(dropout: float, *parts: Tensor) -> None:
+def _check_flex(dropout: float, query: Tensor, *others: Tensor | None) -> None:
     if dropout:
         raise InputError(f"impl 'flex' must have no attention dropout, got {dropout}; use 'folded'")
-    learning = torch.is_grad_enabled() and any(part.requires_grad for part in parts)
-    if learning and parts[0].device.type == "cpu":
+    learnt = any(part is not None and part.requires_grad for part in (query, *others))
+    if learnt and torch.is_grad_enabled() and query.device.type == "cpu":
         raise InputError("impl 'flex' must not learn on a CPU: torch cannot; use 'folded'")
 
 

@@ -225,8 +225,12 @@ class UntiedPositions(nn.Module):
     def _keep(self, name: str, length: int, make: Any) -> Any:
         """In evaluation, what ``make`` made last, while length, weights and dtype are the same."""
         weights = list(self.parameters())
-        unversioned = any(weight.is_inference() for weight in weights)
-        if self.training or self._learning() or unversioned or torch.compiler.is_compiling():
+        if (
+            torch.compiler.is_compiling()  # first: a compiled graph cannot ask what comes last
+            or self.training
+            or self._learning()
+            or any(weight.is_inference() for weight in weights)  # such have no versions
+        ):
             self._kept.clear()
             return make()
         state = tuple((weight.data_ptr(), weight._version, weight.dtype) for weight in weights)

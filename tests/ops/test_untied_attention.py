@@ -224,6 +224,32 @@ def test_what_dropout_leaves_out_is_left_out_on_the_way_back(block, monkeypatch)
         assert (dropped[0] - whole).abs().mean() > 0.05
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_terms_and_attention_are_one_compiled_graph(training, monkeypatch):
+    """``fullgraph`` raises at any break; aot_eager traces the backward pass too."""
+    monkeypatch.setattr("memlm.ops.untied_attention._BLOCK", 100)
+    made = positions_of("tupe-r", bidirectional=False).train(training)
+
+    def attend(*parts):
+        return untied_attention(*parts, made(9), scale=made.scale, sight=Sight(causal=True))
+
+    torch.compiler.reset()
+    results = []
+    for function in (attend, torch.compile(attend, backend="aot_eager", fullgraph=True)):
+        parts = [part.requires_grad_() for part in content(3, 9, 9)]
+        output = function(*parts)
+        output.square().sum().backward()
+        results.append([output.detach(), *(part.grad for part in parts)])
+    for plain, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, plain)
+
+
+def test_no_rows_no_output():
+    made = positions_of("tupe-r")
+    output = untied_attention(*content(0, 4, 4), made(4), scale=made.scale)
+    assert output.shape == (0, HEADS, 4, DIM)
+
+
 def test_decoding_reads_the_last_rows():
     made = positions_of("tupe-r", bidirectional=False)
     query, key, value = content(2, 7, 7)
@@ -345,5 +371,5 @@ def test_bad_inputs():
     with pytest.raises(InputError, match="no attention dropout"):
         untied_attention(query, key, value, made(4), scale=1.0, dropout=0.1, impl="flex")
     with pytest.raises(InputError, match="'flex' must not learn on a CPU"):
-        untied_attention(query, key, value.requires_grad_(), made(4), scale=1.0, impl="flex")
+        untied_attention(query, key, value, made(4), scale=1.0, impl="flex")
     assert fold(query, key, None, 1.0, Sight()) == (query, key)
