@@ -39,21 +39,30 @@ class Explain(InterpolationOptions, ModelOptions):
         from memlm.core.threads import torch_threads
         from memlm.explain.provenance import explain_tokens
         from memlm.explain.report import table, to_values, write_page
-        from memlm.models.attach import attach
+        from memlm.models.attach import MemoryForCausalLM, attach
 
         check(
             self.max_new_tokens >= 0,
             f"--max-new-tokens must not be negative, got {self.max_new_tokens}",
         )
+        check(
+            self.long == 0,
+            f"a long-term memory of {self.long} positions is empty when nothing was read before "
+            "the text; leave out --long",
+        )
+        self.check_interpolation()
         prompt = sys.stdin.read() if self.prompt is None else self.prompt
         model, tokenizer = self.load()
         memory, merge = self.memory(model)
-        if memory is None:
+        if memory is not None:
+            lm = attach(model, memory, merge=merge, interpolate=self.interpolated(memory))
+        elif isinstance(model, MemoryForCausalLM):  # saved with its memory
+            lm = model
+        else:
             raise InputError(
                 "only a memory can be explained, and there is none; give --store, or --method "
                 "trime or cache"
             )
-        lm = attach(model, memory, merge=merge, interpolate=self.interpolated(memory))
         tokens = tokenizer(prompt, return_tensors="pt").input_ids[0].to(model.device)
         if not len(tokens):
             raise InputError("the prompt must not be empty; give some text")
@@ -71,7 +80,7 @@ class Explain(InterpolationOptions, ModelOptions):
             found = explain_tokens(
                 lm, tokens, first=first, top=self.top, context=self.source_tokens
             )
-        values = {"memory": memory.describe(), "tokens": to_values(found, tokenizer)}
+        values = {"memory": lm.memory.describe(), "tokens": to_values(found, tokenizer)}
         write_result(self.save, values)
         if self.html is not None:
             write_page(found, tokens, tokenizer, self.html)

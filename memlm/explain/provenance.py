@@ -96,36 +96,42 @@ def explain_tokens(
         InputError: if the text is too short for ``first`` or too long for the model, or a number
             is out of range.
     """
-    tokens = tokens.to(device_of(lm.base))
     check(
-        tokens.ndim == 1 and 1 <= first < len(tokens),
-        f"first must be one of the tokens 1 to {len(tokens) - 1} of one text, got {first} and a "
-        f"text of shape {tuple(tokens.shape)}",
+        tokens.ndim == 1 and len(tokens) >= 2,
+        "tokens must be one text of at least 2 tokens, since the first is not predicted, got shape "
+        f"{tuple(tokens.shape)}",
+    )
+    check(
+        1 <= first < len(tokens),
+        f"first must be one of the tokens 1 to {len(tokens) - 1}, got {first}",
     )
     check(top >= 1, f"top must be at least 1, got {top}")
     check(context >= 0, f"context must not be negative, got {context}")
     check_length(lm.base, len(tokens) - 1)
     head, final = find_head(lm.base), find_tap(lm.base, "final")
     with frozen(lm.base), capture(lm.base, final) as ends, capture(lm.base, lm.tap) as seen:
-        lm.base(input_ids=tokens[None, :-1], use_cache=False)
-        keys = reached(seen, lm.tap)
-        words = head.target(reached(ends, final)[0], tokens[1:])
-        stages = [_answers(lm.memory, tokens, keys)]
+        read = tokens.to(device_of(lm.base))
+        lm.base(input_ids=read[None, :-1], use_cache=False)
+        keys, hidden = reached(seen, lm.tap), reached(ends, final)[0]
+        # what is left to do is little: on the CPU, whatever devices model and memory are on
+        tokens = tokens.cpu()
+        words = [part.cpu().double() for part in head.target(hidden, read[1:].to(hidden.device))]
+        stages = [_answers(lm.memory, read, keys)]
         merges: list[Merge] = [lm.merge]
         if lm.interpolate is not None:
-            stages.append(_answers(lm.interpolate[0], tokens, keys))
+            stages.append(_answers(lm.interpolate[0], read, keys))
             merges.append(lm.interpolate[1])
         found = []
         for place, answers in enumerate(zip(*stages, strict=True), start=1):
             if place >= first:
-                own = TargetPartial(*(part[place - 1 : place].double() for part in words))
+                own = TargetPartial(*(part[place - 1 : place] for part in words))
                 asked = list(zip(merges, answers, strict=True))
                 found.append(_explanation(tokens, place, own, asked, top, context))
     return found
 
 
 class _Answer(NamedTuple):
-    """Candidates ``(1, k)`` of one memory."""
+    """Candidates ``(1, k)`` of one memory, on the CPU."""
 
     memory: TokenMemory
     candidates: Candidates
@@ -144,7 +150,7 @@ def _answers(memory: TokenMemory, tokens: Tensor, keys: Tensor) -> Iterator[list
             part, state = memory.read(keys[:, time], state)
             parts, members = [part], [memory]
         yield [
-            _Answer(member, Candidates(*(column.to(keys.device) for column in part)))
+            _Answer(member, Candidates(*(column.cpu() for column in part)))
             for member, part in zip(members, parts, strict=True)
         ]
 
@@ -236,7 +242,7 @@ def _origin(
         before = tokens[max(0, entry + 1 - context) : entry + 1]
         return None, entry + 1, tuple(before.tolist())
     store: Any = getattr(memory, "store", None)
-    if store is None:
+    if store is None or isinstance(memory, Together):  # inside another, its ids are of several
         return None, None, ()
     documents, positions = getattr(store, "documents", None), getattr(store, "positions", None)
     if documents is None or positions is None:

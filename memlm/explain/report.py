@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -39,12 +40,12 @@ def table(explanations: Sequence[Explanation], tokenizer: PreTrainedTokenizerBas
     for one in explanations:
         source = _in_words(one.sources[0], one.token, tokenizer) if one.sources else ""
         shown.add_row(
-            repr(_text(tokenizer, [one.token])),
+            Text(repr(_text(tokenizer, [one.token]))),  # plain: a text may look like rich's markup
             _percent(one.model),
             _percent(one.merged),
             _percent(one.share),
             _percent(one.proposed),
-            source,
+            Text(source),
         )
     return shown
 

@@ -3,7 +3,9 @@
 import json
 
 import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import memlm
 from memlm.cli.main import main
 from memlm.testing.tiny import tiny_model
 
@@ -50,6 +52,16 @@ def test_what_the_model_goes_on_with(place, knn, capsys):
     assert all(len(token["sources"]) <= 2 for token in found["tokens"])
 
 
+def test_a_model_that_was_saved_with_its_memory(place, knn, capsys):
+    model, store = AutoModelForCausalLM.from_pretrained(place / "model"), place / "store"
+    memory = memlm.KnnMemory(memlm.Datastore.open(store), k=4)
+    memlm.attach(model, memory, memlm.Mixture(0.3)).save_pretrained(place / "saved")
+    AutoTokenizer.from_pretrained(place / "model").save_pretrained(place / "saved")
+    wanted = explained(place, capsys, *knn)
+    assert run("explain", place / "saved", PROMPT, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == wanted["tokens"]
+
+
 def test_a_table_and_a_page(place, capsys):
     page = place / "pages" / "one.html"
     assert run("explain", place / "model", PROMPT, "--method", "trime", "--html", page) == 0
@@ -62,7 +74,12 @@ def test_a_table_and_a_page(place, capsys):
     [
         ((PROMPT,), "only a memory can be explained"),
         (("", "--method", "trime"), "the prompt must not be empty"),
-        (("cat", "--method", "trime"), "first must be one of the tokens"),
+        (("cat", "--method", "trime"), "one text of at least 2 tokens"),
+        (
+            (PROMPT, "--method", "trime", "--long", 64),
+            "a long-term memory of 64 positions is empty",
+        ),
+        ((PROMPT, "--interpolate", 0.3, 1.0), "--interpolate mixes TRIME's datastore in"),
         ((PROMPT, "--method", "trime", "--max-new-tokens", -1), "must not be negative, got -1"),
     ],
 )

@@ -1,9 +1,11 @@
 """A token's probability is the model's part and that of its sources, which are real places."""
 
+import io
 import re
 
 import pytest
 import torch
+from rich.console import Console
 from torch.testing import assert_close
 
 import memlm
@@ -104,13 +106,27 @@ def test_a_source_is_where_the_store_says(model, store, tokenizer, line):
 
 def test_a_source_in_the_text_itself(model, line):
     lm = attach(model, LocalMemory(size=20, temperature=4.0), merge=Union())
-    for one in explain_tokens(lm, line, context=3):
+    found = explain_tokens(lm, line, context=3)
+    # a token's sources are all its earlier occurrences, but the very first token's
+    earlier = [line[1:place].tolist().count(line[place]) for place in range(1, len(line))]
+    assert [len(one.sources) for one in found] == earlier
+    for one in found:
         for source in one.sources:
             assert source.document is None
             assert source.position < one.place
             assert line[source.position] == one.token
             before = line[max(0, source.position - 3) : source.position]
             assert source.before == tuple(before.tolist())
+
+
+def test_a_memory_inside_another_claims_no_places(model, store, line):
+    knn = KnnMemory(store, k=6, temperature=20.0)
+    inner = Together(LocalMemory(size=4, temperature=1.0), knn)
+    found = explain_tokens(attach(model, Together(inner, knn), merge=Union()), line)
+    sources = [source for one in found for source in one.sources]
+    assert {source.memory for source in sources} == {"together", "knn"}
+    for source in sources:
+        assert (source.document is None) == (source.memory == "together")
 
 
 def test_a_pruned_store_shows_no_text_that_it_does_not_have(model, store, line, tmp_path):
@@ -127,6 +143,18 @@ def test_a_pruned_store_shows_no_text_that_it_does_not_have(model, store, line, 
         )
 
 
+@pytest.mark.gpu
+def test_a_model_on_a_gpu_and_a_memory_that_is_not(store, line):
+    memory = Together(LocalMemory(size=4, temperature=1.0), KnnMemory(store, k=6, temperature=20.0))
+    here, there = (
+        explain_tokens(attach(tiny_model("llama").to(device), memory, merge=Union()), line)
+        for device in ("cpu", "cuda")
+    )
+    for one, other in zip(here, there, strict=True):
+        assert other.token == one.token
+        assert other.merged == pytest.approx(one.merged, abs=1e-4)
+
+
 def test_only_the_last_tokens(model, store, line):
     lm = attach(model, LocalMemory(size=20, temperature=4.0), merge=Union())
     assert explain_tokens(lm, line, first=9) == explain_tokens(lm, line)[8:]
@@ -136,8 +164,9 @@ def test_bad_inputs(model, store, line):
     lm = attach(model, KnnMemory(store, k=4))
     with pytest.raises(InputError, match="first must be one of the tokens 1 to"):
         explain_tokens(lm, line, first=0)
-    with pytest.raises(InputError, match="first must be one of the tokens"):
-        explain_tokens(lm, line[:1])
+    for short in (line[:1], line[:0], line[None]):
+        with pytest.raises(InputError, match="one text of at least 2 tokens"):
+            explain_tokens(lm, short)
     with pytest.raises(InputError, match="top must be at least 1, got 0"):
         explain_tokens(lm, line, top=0)
     with pytest.raises(InputError, match="context must not be negative"):
@@ -146,7 +175,7 @@ def test_bad_inputs(model, store, line):
         explain_tokens(lm, line.repeat(20))
 
 
-def test_what_a_person_sees(model, store, tokenizer, line, tmp_path):
+def test_what_a_person_sees(model, store, tokenizer, line, tmp_path, monkeypatch):
     lm = attach(model, KnnMemory(store, k=8, temperature=20.0))
     found = explain_tokens(lm, line)
     page = write_page(found[2:], line, tokenizer, tmp_path / "new" / "page.html")
@@ -157,6 +186,11 @@ def test_what_a_person_sees(model, store, tokenizer, line, tmp_path):
     assert re.sub(r"<[^>]*>", "", body).strip() == LINE
     assert "http" not in text  # loads nothing
     assert table(found, tokenizer).row_count == len(found)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda *_: "[/INST] [bold]")
+    printed = io.StringIO()
+    Console(file=printed, width=200).print(table(found, tokenizer))
+    assert "'[/INST] [bold]'" in printed.getvalue()
+    monkeypatch.undo()
     values = to_values(found, tokenizer)
     assert values[0]["text"] == tokenizer.decode([found[0].token])
     assert_close(values[3]["merged"], found[3].merged)
