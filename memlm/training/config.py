@@ -6,7 +6,7 @@ help is instant. A preset is a complete configuration under a name; parameter co
 a vocabulary of 4,096 and computed by ``parameters``.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 from typing import Any, Literal, Self
 
 from memlm.core.config import Config, check, check_at_least
@@ -159,6 +159,11 @@ class RunConfig(Config):
         for name in _WATCHING:
             values.pop(name)
         return values
+
+    @classmethod
+    def defaults(cls) -> dict[str, Any]:
+        """The settings that have one."""
+        return {field.name: field.default for field in fields(cls) if field.default is not MISSING}
 
     def with_limit(self, *, max_steps: int) -> Self:
         """The repeatable run of ``max_steps`` steps that is otherwise the same."""

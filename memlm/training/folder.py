@@ -18,13 +18,20 @@ from memlm.core.files import read_json, remove_temporaries, write_json
 RECORD, SUMMARY, CHECKPOINTS = "run.json", "training.json", "checkpoints"
 
 
-def open_run(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
+def open_run(
+    out: Path,
+    identity: dict[str, Any],
+    *,
+    resume: bool,
+    defaults: dict[str, Any] | None = None,
+) -> None:
     """Claim the folder: write what this run is, or compare it with what is there.
 
     Args:
         out: created if it is not there.
         identity: plain JSON values, ``config`` among them.
         resume: whether there may be a run already.
+        defaults: of settings; a record that lacks one was written before there was such a setting.
 
     Raises:
         InputError: if the folder holds other files, or a run and ``resume`` is not set.
@@ -44,6 +51,9 @@ def open_run(out: Path, identity: dict[str, Any], *, resume: bool) -> None:
         return
     check(resume, f"{out} already holds a training; resume it or choose another folder")
     before = read_json(record)
+    for name, value in json.loads(json.dumps(defaults or {})).items():
+        if name in identity["config"]:
+            before["config"].setdefault(name, value)
     if before != identity:
         old, new = (
             {**run.get("config", {}), **{key: run.get(key) for key in run if key != "config"}}

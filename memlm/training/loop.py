@@ -102,7 +102,7 @@ def train(
     )
     record = {"config": config.identity(), "processes": processes.num_processes, **identity}
     if processes.is_main_process:
-        open_run(out, record, resume=resume)
+        open_run(out, record, resume=resume, defaults=config.defaults())
     processes.wait_for_everyone()
     check(
         not config.sharded or processes.num_processes > 1,

@@ -1,12 +1,13 @@
 """Pre-training on masked tokens: examples, resuming, the recipe."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from memlm.core.errors import InputError
+from memlm.core.errors import FingerprintError, InputError
 from memlm.data.cleaning import CorpusCounts
 from memlm.data.documents import Document
 from memlm.data.masking import Masker, Masking
@@ -120,6 +121,21 @@ def test_a_resumed_run_goes_on_identically(tokenizer, sentences, tmp_path):
     )
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_a_setting_that_came_later_had_its_default(tokenizer, sentences, tmp_path):
+    """Runs that were begun before there was the setting go on."""
+    config = MaskedLMConfig(**SMALL, max_steps=1)
+    train_masked_lm(sentences, tokenizer, config, tmp_path, quiet=True)
+    record = tmp_path / "run.json"
+    before = json.loads(record.read_text())
+    for name in ("legacy_seeds", "warmup_ratio"):
+        del before["config"][name]
+    record.write_text(json.dumps(before))
+    train_masked_lm(sentences, tokenizer, config, tmp_path, quiet=True, resume=True)
+    other = replace(config, legacy_seeds=True)
+    with pytest.raises(FingerprintError, match="legacy_seeds \\(False then, True now\\)"):
+        train_masked_lm(sentences, tokenizer, other, tmp_path, quiet=True, resume=True)
 
 
 def test_pretraining_learns(tmp_path):
