@@ -54,9 +54,10 @@ class Finetune:
 
         task = glue_task(self.task)
         longest = _longest(load_encoder(self.model, "AutoModel"))
+        max_length = int(min(512, longest)) if self.max_length is None else self.max_length
         check(
-            (self.max_length or 0) <= longest,
-            f"max_length must be at most what the model can read, {longest}, got {self.max_length}",
+            max_length <= longest,
+            f"max_length must be at most what the model can read, {longest}, got {max_length}",
         )
         config = FinetuneConfig(
             task=task.name,
@@ -64,7 +65,7 @@ class Finetune:
             seeds=self.seeds,
             epochs=self.epochs,
             batch_size=self.batch_size,
-            max_length=self.max_length or int(min(512, longest)),
+            max_length=max_length,
             legacy_batch_mean=self.legacy_batch_mean,
             legacy_classes=self.legacy_classes,
             predict=self.predict,

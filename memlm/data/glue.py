@@ -54,7 +54,9 @@ class GlueTask:
     @property
     def test(self) -> tuple[str, ...]:
         """The splits without labels, one per split that is evaluated."""
-        return tuple(split.replace("validation", "test") for split in self.held_out)
+        return tuple(
+            split.replace("validation", "test") for split in self.held_out if "validation" in split
+        )
 
     @property
     def num_labels(self) -> int:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import xxhash
+from accelerate import PartialState
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -37,9 +38,10 @@ from memlm.data.glue import (
 )
 from memlm.evaluation.glue import score
 from memlm.models.fingerprint import model_hash
+from memlm.training.config import RunConfig
 from memlm.training.finetune_config import FinetuneConfig
 from memlm.training.folder import open_run
-from memlm.training.loop import train
+from memlm.training.loop import on_cpu, train
 from memlm.training.model_loss import ModelLoss
 from memlm.training.order import InTurn
 
@@ -113,7 +115,11 @@ def finetune(
         splits[split] = Samples(texts, np.zeros(len(texts), splits["train"].labels.dtype))
     data = {name: _tokenize(one, tokenizer, config.max_length) for name, one in splits.items()}
     grid = _Grid(make_model, tokenizer, data, classes, task, config)
-    open_run(out, grid.identity(), resume=True)
+    first = grid.run(config.learning_rates[0], config.seeds[0])
+    processes = PartialState(cpu=on_cpu(first))
+    if processes.is_main_process:
+        open_run(out, grid.identity(), resume=True)
+    processes.wait_for_everyone()
     runs = []
     for rate in config.learning_rates:
         for seed in config.seeds:
@@ -176,6 +182,9 @@ class _Grid(NamedTuple):
             torch.manual_seed(seed)
             return self.make_model(self.task.num_labels)
 
+    def run(self, rate: float, seed: int) -> RunConfig:
+        return self.config.run(self.task, len(self.data["train"].tokens), rate, seed)
+
     def identity(self) -> dict[str, Any]:
         hashes = {f"{name} data": _hash(one) for name, one in self.data.items()}
         return {"config": self.config.shared(), "model": model_hash(self.model(0)), **hashes}
@@ -199,7 +208,7 @@ def _run(
         ModelLoss(model),
         _Shuffled(data["train"], seed),
         InTurn(config.batch_size),
-        config.run(task, len(data["train"].tokens), rate, seed),
+        grid.run(rate, seed),
         folder,
         collate=collate,
         identity={"model": model_hash(model), "data": _hash(data["train"]), "task": task.name},

@@ -70,6 +70,7 @@ def test_any_encoder_is_finetuned_and_predicts(encoder, tmp_path, capsys):
         ({"--task": "squad"}, "task must be one of cola"),
         ({"--data": "nowhere"}, "nowhere must be a folder with train.tsv"),
         ({"--max-length": "64"}, "max_length must be at most what the model can read, 32, got 64"),
+        ({"--max-length": "0"}, "max_length must be at least 4, got 0"),
         ({"--learning-rates": "0"}, "learning_rate must be above zero"),
         ({"--predict": ""}, "must hold test.tsv for split 'test'"),
         ({"": "none"}, "the model must be a folder or Hub id that AutoModel loads"),

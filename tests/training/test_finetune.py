@@ -1,6 +1,7 @@
 """Fine-tuning: the grid, what is kept of it, every task's files."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -224,6 +225,13 @@ def test_saved_data_sets(tmp_path):
     found = read_glue(task, tmp_path / "mrpc", "validation")
     assert len(found.texts) == 3
     assert all(len(pair) == 2 for pair in found.texts)
+
+
+def test_a_task_of_ones_own_may_have_labels_in_its_test_split():
+    task = replace(glue_task("RTE"), held_out=("test",))
+    found = read_glue(task, {"test": rows(task, 4)}, "test")
+    assert found.labels.tolist() == [row["label"] for row in rows(task, 4)]
+    assert task.test == ()
 
 
 def test_labels_are_checked(tmp_path):
