@@ -4,7 +4,6 @@ Torch-free: heavy imports happen inside the methods, after the command line has 
 """
 
 import json
-import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -308,7 +307,6 @@ def load_model(
     Raises:
         InputError: if ``name`` is no model or the device is not there.
     """
-    import torch
     from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -316,18 +314,10 @@ def load_model(
     import memlm.models.attach
     import memlm.models.retro.causal_lm
     import memlm.models.retro.fit  # noqa: F401  registers models of memlm's own
+    from memlm.models.running import device_named
 
     disable_progress_bar()
-    if device == "auto":
-        # of several processes each takes the GPU of its number
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(
-            f"the device must be auto, cpu or one that torch can use here, got {device!r}: "
-            f"{_first_line(error)}"
-        ) from error
+    device = device_named(device)
     try:
         placed = {} if device_map is None else {"device_map": device_map}
         kind = AutoModelForSeq2SeqLM if pairs else AutoModelForCausalLM

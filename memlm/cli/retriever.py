@@ -1,6 +1,6 @@
 """Options of verbs that look chunks up: with which retriever, and in which database."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
 from memlm.core.errors import InputError
@@ -71,15 +71,15 @@ nothing; right lets a chunk end with PROMPT."""
 
     def check_database(self) -> None:
         """Raise InputError if it is said how to look up, and not where."""
-        given = {
-            "--retriever": self.retriever != "bm25",
-            "--encoder": self.encoder is not None,
-            "--align": self.align != "left",
-            "--retrieval-step": self.retrieval_step is not None,
-        }
-        if self.database is None and any(given.values()):
-            names = ", ".join(name for name, is_given in given.items() if is_given)
-            raise InputError(f"{names} says how chunks are looked up; give --database too")
+        given = [
+            f"--{field.name.replace('_', '-')}"
+            for field in fields(DatabaseOptions)
+            if getattr(self, field.name) != field.default
+        ]
+        if self.database is None and given:
+            raise InputError(
+                f"{', '.join(given)} says how chunks are looked up; give --database too"
+            )
 
     def lookup(
         self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", device: str

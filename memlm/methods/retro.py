@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from memlm.core.config import check
 from memlm.core.errors import InputError
 from memlm.data.documents import read_documents
+from memlm.models.running import device_named
 from memlm.models.text_encoder import HuggingFaceEncoder, SentenceEncoder
 from memlm.retrieval.build import build_chunks
 from memlm.retrieval.chunks import ChunkConfig, ChunkDatabase
@@ -116,14 +117,13 @@ def load_encoder(
         device: where it runs; "auto": the GPU if there is one.
 
     Raises:
-        InputError: if it cannot be loaded.
+        InputError: if it cannot be loaded, or the device is not there.
         MissingExtraError: for "sentence" without sentence-transformers.
     """
     import torch
     from transformers import AutoModel, AutoTokenizer
 
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_named(device)
     try:
         if pooling == "sentence":
             return SentenceEncoder(name, source_tokenizer, device=device)

@@ -1,5 +1,6 @@
 """Running a model only to read it: no gradients, no dropout, its state given back afterwards."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -23,6 +24,29 @@ def frozen(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def device_named(name: str) -> str:
+    """The device to put a model on.
+
+    Args:
+        name: torch's, or "auto": of several processes each takes the GPU of its number; without a
+            GPU, the processor.
+
+    Raises:
+        InputError: if torch cannot use it here.
+    """
+    if name == "auto":
+        number = os.environ.get("LOCAL_RANK", 0)
+        name = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(
+            f"the device must be auto, cpu or one that torch can use here, got {name!r}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    return name
 
 
 def device_of(model: PreTrainedModel) -> torch.device:

@@ -218,9 +218,7 @@ def test_a_database_that_does_not_fit_is_refused(reader, capsys, tokenizer):
     assert "must be of the tokenizer in use" in refused("--database", place / "foreign")
     assert "holds none" in refused("--database", place / "nowhere")
     assert "give --encoder" in refused(*given, "--retriever", "dense")
-    assert "--align, --retrieval-step says how" in refused(
-        "--align", "right", "--retrieval-step", 2
-    )
+    assert "--neighbours, --align says how" in refused("--align", "right", "--neighbours", 3)
     long = "the cat sat on the mat and the dog"
     capsys.readouterr()
     assert (
@@ -328,6 +326,9 @@ def test_what_is_missing_is_named(place, capsys, monkeypatch):
         assert wanted in capsys.readouterr().err
     assert stage(place, "embed", "--tokenizer", place / "encoder") == 2
     assert "give --encoder" in capsys.readouterr().err
+    given = ("--tokenizer", place / "encoder", "--encoder", place / "encoder")
+    assert stage(place, "embed", *given, "--device", "cuda:99") == 2
+    assert "torch can use here, got 'cuda:99'" in capsys.readouterr().err
     assert stage(place, "index") == 2
     assert "memlm retro embed" in capsys.readouterr().err
     assert stage(place, "neighbours", "--retriever", "dense") == 2
