@@ -31,7 +31,7 @@ Blocks = Sequence[NDArray[np.integer]]
 
 _FREQUENT = 1 / 16  # of the blocks; a rarer token costs less as a list than in a product
 _GRID = 2.0**-40
-_SUMS = 1 << 23  # queries x blocks whose sums are held at once: 32 MiB
+_SUMS = 1 << 23  # queries x blocks (or frequent tokens) that are held at once: 32 MiB
 _GROUPS = 64  # of blocks, of which only the highest sum is looked at first
 
 
@@ -109,7 +109,7 @@ class BlockScores:
         Yields:
             The answer to the next queries.
         """
-        size = max(1, _SUMS // self._count)
+        size = max(1, _SUMS // max(self._product.shape))
         for start in range(0, len(queries), size):
             asked = [
                 self._asked(query, query_terms, fewest) for query in queries[start : start + size]

@@ -81,6 +81,13 @@ def test_no_way_to_add_changes_the_answer(monkeypatch, frequent, sums):
     )
 
 
+def test_many_queries_of_few_blocks_are_answered_in_parts(monkeypatch):
+    monkeypatch.setattr(bm25, "_SUMS", 1000)
+    blocks = [np.arange(100), np.arange(100, 200)]  # 200 tokens, all of them frequent
+    parts = BlockScores(blocks).search([blocks[1]] * 12, 1, query_terms=TERMS)
+    assert [part.numbers.tolist() for part in parts] == [[[1]] * 5, [[1]] * 5, [[1]] * 2]
+
+
 def test_an_order_of_blocks_only_renumbers_them():
     draw = np.random.default_rng(2)
     blocks = zipf(draw, 200)
