@@ -97,10 +97,9 @@ def train_causal_lm(
             _check_vocabulary(text, vocab_size)
     processes = PartialState(cpu=on_cpu(config)).num_processes
     examples, order = read_in_order(pack(corpus), config, processes, chain=chain)
-    shared = None
-    if isinstance(order, Dealt) and config.method == "trime_ext":
-        identity["chain_hash"] = fingerprint([list(batch) for batch in order.batches])
-        shared = _shared_text(pack(corpus), config, np.concatenate(order.batches))
+    dealt = order if isinstance(order, Dealt) and config.method == "trime_ext" else None
+    if dealt is not None:
+        identity["chain_hash"] = fingerprint([list(batch) for batch in dealt.batches])
     evaluated = None if held_out is None else HeldOutBlocks(pack(held_out), config.block_length)
     if model is None:
         with random_state_kept():
@@ -118,7 +117,7 @@ def train_causal_lm(
         held_out=cast(Sequence[Any], evaluated),
         save_beside=tokenizer.save_pretrained,
         complete=lambda summary: _complete(
-            summary | ({} if shared is None else {"overlap": shared}),
+            summary | ({} if dealt is None else _shared_text(corpus, config, dealt)),
             corpus,
             held_out,
             evaluated,
@@ -182,16 +181,14 @@ def _blocks(stream: Stream, config: TrainConfig) -> list[NDArray[np.integer]]:
     return [stream.tokens[number * length :][:length] for number in range(count)]
 
 
-def _shared_text(
-    stream: Stream, config: TrainConfig, chain: NDArray[np.integer]
-) -> dict[str, float] | None:
+def _shared_text(corpus: TokenCorpus, config: TrainConfig, order: Dealt) -> dict[str, Any]:
     """What a batch's blocks have in common (`memlm.data.lexical.overlap`), as dealt and without."""
     if config.rows < 2:
-        return None
-    blocks = _blocks(stream, config)
+        return {}
+    blocks = _blocks(pack(corpus), config)
+    orders = {"as_written": np.arange(len(blocks)), "as_read": np.concatenate(order.batches)}
     return {
-        "as_written": overlap(blocks, np.arange(len(blocks)), config.rows),
-        "as_read": overlap(blocks, chain, config.rows),
+        "overlap": {name: overlap(blocks, numbers, config.rows) for name, numbers in orders.items()}
     }
 
 
