@@ -53,7 +53,7 @@ def index_chunks(
     make_folder(path)
     with waiting(path.parent, path.name):
         if rebuild:
-            shutil.rmtree(path)
+            _forget(path)
         if not has_index(path) and not has_index(path / _LONGER):
             config = config or IndexConfig(recall_k=10)
             return build_index(embeddings, config, directory=path, quiet=quiet)
@@ -100,6 +100,13 @@ def _take_over(path: Path) -> None:
             if (longer / name).exists():
                 os.replace(longer / name, path / name)
                 sync_directory(path)
-        shutil.rmtree(longer)
+    except OSError as error:
+        raise not_writable(path, error) from error
+    _forget(longer)
+
+
+def _forget(path: Path) -> None:
+    try:
+        shutil.rmtree(path)
     except OSError as error:
         raise not_writable(path, error) from error
