@@ -1,8 +1,8 @@
 """Systems together: what a model with memory says, is its base model's word merged by hand.
 
 Each case joins some of: a datastore searched or walked, local and long-term memory, Lambda
-attention with and without middle tokens, models that read neighbours. Each is generated from step
-by step, with beams, with padding on the left, and saved and loaded.
+attention with and without middle tokens, models that read neighbours, untied positions. Each is
+generated from step by step, with beams, with padding on the left, and saved and loaded.
 """
 
 import pytest
@@ -125,6 +125,13 @@ def neighbours_memory_and_window(path):
     return attach(extended(model), searched(store), Mixture(0.3))
 
 
+def untied_positions(path):
+    torch.manual_seed(0)
+    model = TupeForCausalLM(TupeConfig.preset("tiny", "tupe-r", vocab_size=61)).eval()
+    members = Together(*read_before(), searched(store_of(model, path)))
+    return attach(model, members, Union())
+
+
 CASES = [
     searched_and_extended,
     extended_afterwards,
@@ -134,6 +141,7 @@ CASES = [
     all_with_shares,
     neighbours_and_memory,
     neighbours_memory_and_window,
+    untied_positions,
 ]
 
 
@@ -206,8 +214,6 @@ def test_it_is_saved_whole(lm, tmp_path):
 
 def test_what_cannot_be_joined_says_so():
     model = TupeForCausalLM(TupeConfig.preset("tiny", "tupe-r", vocab_size=61)).eval()
-    with pytest.raises(UnsupportedModelError, match="a memory needs a decoder-only model with"):
-        attach(model, read_before()[0], Union())
     for other in (model, tiny_model("gpt2")):
         with pytest.raises(UnsupportedModelError, match="extend_context knows the families"):
             memlm.extend_context(other, window=WINDOW)

@@ -19,6 +19,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     AutoTokenizer,
+    Cache,
     GenerationMixin,
 )
 from transformers.activations import ACT2FN
@@ -128,6 +129,7 @@ class TupeForCausalLM(_WithLMHead, GenerationMixin):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
@@ -139,11 +141,13 @@ class TupeForCausalLM(_WithLMHead, GenerationMixin):
             input_ids: ``(batch, time)``.
             attention_mask: ``(batch, past + time)``; padding on either side.
             position_ids: of all tokens, or counting on.
+            past_key_values: of the tokens before.
             labels: ``(batch, time)`` like ``input_ids``, shifted here; -100 is not scored.
             logits_to_keep: only so many last rows of logits.
             num_items_in_batch: what the summed loss is divided by; default: predicted tokens.
             kwargs: handed on to the encoder.
         """
+        kwargs["past_key_values"] = past_key_values
         output = self.tupe(input_ids, attention_mask, position_ids, return_dict=True, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(output.last_hidden_state[:, kept])
