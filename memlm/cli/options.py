@@ -313,7 +313,8 @@ def load_model(
     import memlm.models.adaptive.decoder
     import memlm.models.attach
     import memlm.models.retro.causal_lm
-    import memlm.models.retro.fit  # noqa: F401  registers models of memlm's own
+    import memlm.models.retro.fit
+    import memlm.models.tupe.heads  # noqa: F401  registers models of memlm's own
     from memlm.models.running import device_named
 
     disable_progress_bar()
