@@ -100,11 +100,15 @@ def waiting(path: Path, name: str) -> Iterator[None]:
     Raises:
         StoreError: if the directory cannot be written.
     """
-    try:
-        held = lock(path, name)
-        held.acquire()
-    except OSError as error:
-        raise not_writable(path, error) from error
+    while True:
+        try:
+            held = lock(path, name)
+            held.acquire()
+            break
+        except OSError as error:
+            # a build that ends takes the locks away, also under the hands of those who wait
+            if not (isinstance(error, FileNotFoundError) and path.is_dir()):
+                raise not_writable(path, error) from error
     try:
         yield
     finally:
