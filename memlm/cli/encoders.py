@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from memlm.core.errors import InputError
+from memlm.core.errors import InputError, first_line
 
 
 def load_encoder(name: str, kind: str, **options: Any) -> Any:
@@ -28,10 +28,9 @@ def load_encoder(name: str, kind: str, **options: Any) -> Any:
     try:
         return getattr(transformers, kind).from_pretrained(name, dtype=torch.float32, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()
         raise InputError(
             f"the model must be a folder or Hub id that {kind} loads, got {name!r}: "
-            f"{reason[0] if reason else type(error).__name__}"
+            f"{first_line(error)}"
         ) from error
     finally:
         logging.set_verbosity(shown)

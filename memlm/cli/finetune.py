@@ -1,8 +1,7 @@
 """``memlm finetune``: an encoder on a GLUE task, over learning rates and seeds."""
 
-import math
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from tyro.conf import Positional, arg
 
@@ -49,14 +48,15 @@ class Finetune:
         from memlm.cli.encoders import load_encoder
         from memlm.core.config import check
         from memlm.data.glue import glue_task, predictions_name
+        from memlm.models.trained_length import readable_length
         from memlm.training.finetune import describe_table, finetune
         from memlm.training.finetune_config import FinetuneConfig
 
         task = glue_task(self.task)
-        longest = _longest(load_encoder(self.model, "AutoModel"))
-        max_length = int(min(512, longest)) if self.max_length is None else self.max_length
+        longest = readable_length(load_encoder(self.model, "AutoModel"))
+        max_length = min(512, longest or 512) if self.max_length is None else self.max_length
         check(
-            max_length <= longest,
+            longest is None or max_length <= longest,
             f"max_length must be at most what the model can read, {longest}, got {max_length}",
         )
         config = FinetuneConfig(
@@ -85,13 +85,3 @@ class Finetune:
         lines = [describe_table(table), *(f"predicted: {self.out}/{name}" for name in files)]
         show(table, "\n".join(lines), as_json=self.json)
         return 0
-
-
-def _longest(model: Any) -> float:
-    """How many tokens a model can read; infinite where there is no limit."""
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if not longest or getattr(model.config, "position_extension", "error") != "error":
-        return math.inf
-    table = getattr(getattr(model, "embeddings", None), "position_embeddings", None)
-    pad = getattr(table, "padding_idx", None)  # RoBERTa's positions begin after the padding's
-    return longest if pad is None else longest - pad - 1

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from memlm.core.errors import InputError
+from memlm.core.errors import InputError, first_line
 from memlm.core.processes import rank_and_size
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def load_model(
         raise InputError(
             "the model must be a folder or Hub id of "
             f"{'an encoder-decoder' if pairs else 'a causal language model'}, got {name!r}: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -345,7 +345,7 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"the model's folder must hold a tokenizer, but {name!r} has none that loads "
-            f"({_first_line(error).rstrip(' :')}); save the model's own there"
+            f"({first_line(error).rstrip(' :')}); save the model's own there"
         ) from error
 
 
@@ -371,8 +371,3 @@ def write_result(path: str | None, value: dict[str, Any]) -> None:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         write_json(target, value)
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

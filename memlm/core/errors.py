@@ -27,3 +27,9 @@ class UnsupportedModelError(MemlmError, RuntimeError):
 
 class MissingExtraError(MemlmError, RuntimeError):
     """An optional dependency is not installed; the message holds the pip command."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library says, short enough for a sentence of ours."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -116,17 +116,16 @@ def explain_tokens(
         # what is left to do is little: on the CPU, whatever devices model and memory are on
         tokens = tokens.cpu()
         words = [part.cpu().double() for part in head.target(hidden, read[1:].to(hidden.device))]
-        stages = [_answers(lm.memory, read, keys)]
+        stages = [_answers(lm.memory, read, keys, first)]
         merges: list[Merge] = [lm.merge]
         if lm.interpolate is not None:
-            stages.append(_answers(lm.interpolate[0], read, keys))
+            stages.append(_answers(lm.interpolate[0], read, keys, first))
             merges.append(lm.interpolate[1])
         found = []
-        for place, answers in enumerate(zip(*stages, strict=True), start=1):
-            if place >= first:
-                own = TargetPartial(*(part[place - 1 : place] for part in words))
-                asked = list(zip(merges, answers, strict=True))
-                found.append(_explanation(tokens, place, own, asked, top, context))
+        for place, answers in enumerate(zip(*stages, strict=True), start=first):
+            own = TargetPartial(*(part[place - 1 : place] for part in words))
+            asked = list(zip(merges, answers, strict=True))
+            found.append(_explanation(tokens, place, own, asked, top, context))
     return found
 
 
@@ -137,22 +136,29 @@ class _Answer(NamedTuple):
     candidates: Candidates
 
 
-def _answers(memory: TokenMemory, tokens: Tensor, keys: Tensor) -> Iterator[list[_Answer]]:
-    """What each member of a memory says before every token but the first."""
+def _answers(
+    memory: TokenMemory, tokens: Tensor, keys: Tensor, first: int
+) -> Iterator[list[_Answer]]:
+    """What each member of a memory says before every token from ``first`` on."""
     state = memory.init_state(1)
+    must_read = state is not None and not getattr(memory, "reads_leave_state", False)
     for time in range(keys.shape[1]):
         if state is not None:
             state = memory.observe(tokens[None, time : time + 1], keys[:, time : time + 1], state)
+        asked = time + 1 >= first
+        if not (asked or must_read):
+            continue
         if isinstance(memory, Together):
             parts, state = memory.read_each(keys[:, time], state)
             members = memory.members
         else:
             part, state = memory.read(keys[:, time], state)
             parts, members = [part], [memory]
-        yield [
-            _Answer(member, Candidates(*(column.cpu() for column in part)))
-            for member, part in zip(members, parts, strict=True)
-        ]
+        if asked:
+            yield [
+                _Answer(member, Candidates(*(column.cpu() for column in part)))
+                for member, part in zip(members, parts, strict=True)
+            ]
 
 
 def _explanation(

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from memlm.core.config import check
-from memlm.core.errors import InputError
+from memlm.core.errors import InputError, first_line
 from memlm.data.documents import read_documents
 from memlm.models.running import device_named
 from memlm.models.text_encoder import HuggingFaceEncoder, SentenceEncoder
@@ -131,7 +131,8 @@ def load_encoder(
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"the encoder must be a folder or Hub id of a text encoder, got {name!r}: {error}"
+            f"the encoder must be a folder or Hub id of a text encoder, got {name!r}: "
+            f"{first_line(error)}"
         ) from error
     return HuggingFaceEncoder(model.eval(), tokenizer, source_tokenizer, pooling=pooling)
 

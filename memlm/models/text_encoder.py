@@ -28,6 +28,7 @@ from memlm.core.optional import require
 from memlm.data.fingerprint import tokenizer_hash
 from memlm.models.fingerprint import model_hash
 from memlm.models.running import frozen
+from memlm.models.trained_length import readable_length
 
 Chunks = Sequence[NDArray[np.integer]]
 Pooling = Literal["mean", "cls"]
@@ -94,7 +95,7 @@ class HuggingFaceEncoder:
         self.pooling: Pooling = pooling
         self.skip_first, self.prefix = skip_first, tuple(prefix)
         self._fingerprint: str | None = None
-        self.max_length = max_length or getattr(model.config, "max_position_embeddings", None)
+        self.max_length = max_length or readable_length(model)
 
     @property
     def dim(self) -> int:

@@ -1,4 +1,6 @@
-"""The length a model was trained on, as its configuration tells it."""
+"""How long a text a model was trained on, or can read at all."""
+
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -24,3 +26,14 @@ def trained_length(model: PreTrainedModel) -> int:
         f"the configuration of {type(model).__name__} must say what length it was trained on, but "
         "does not; give a window"
     )
+
+
+def readable_length(model: PreTrainedModel) -> int | None:
+    """Tokens of the longest text an encoder can read; None where there is no limit."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if not longest or getattr(model.config, "position_extension", "error") != "error":
+        return None
+    embeddings: Any = getattr(model, "embeddings", None)
+    table = getattr(embeddings, "position_embeddings", None)
+    pad = getattr(table, "padding_idx", None)  # RoBERTa's positions begin after the padding's
+    return longest if pad is None else longest - pad - 1

@@ -17,7 +17,7 @@ Three exact implementations:
   and times 0 otherwise, so nothing else loses a bit. No T x T tensor is made; with a bucket bias
   (heads, T, T), never one per batch row: where torch's attention would make one (a bias of every
   row's own; on a CPU also to learn the bias, and for dropout), queries are taken a block at a time,
-  and once more on the way back.
+  and once more on the way back. What torch's CUDA kernels hold to learn a bias is their affair.
 * ``"flex"``: the folded queries and keys under FlexAttention, the bucket bias as its score_mod:
   no T x T tensor at all. Fused on CUDA, where it is compiled; elsewhere torch runs it unfused.
 """

@@ -155,8 +155,20 @@ def test_a_model_on_a_gpu_and_a_memory_that_is_not(store, line):
         assert other.merged == pytest.approx(one.merged, abs=1e-4)
 
 
-def test_only_the_last_tokens(model, store, line):
-    lm = attach(model, LocalMemory(size=20, temperature=4.0), merge=Union())
+def test_only_the_last_tokens(model, store, line, monkeypatch):
+    reads = []
+    for kind in (KnnMemory, LocalMemory):
+        read = kind.read
+        monkeypatch.setattr(kind, "read", lambda *given, f=read: reads.append(1) or f(*given))
+    # an automaton has to read on its way, the others only what is asked for
+    for case, expected in (("mixture", 4), ("union", 4), ("mixed in once more", 12)):
+        memory, merge, interpolate = memories(store)[case]
+        lm = attach(model, memory, merge=merge, interpolate=interpolate)
+        reads.clear()
+        last = explain_tokens(lm, line, first=9)
+        assert len(reads) == expected
+        assert last == explain_tokens(lm, line)[8:]
+    lm = attach(model, memories(store)["automaton"][0])
     assert explain_tokens(lm, line, first=9) == explain_tokens(lm, line)[8:]
 
 

@@ -3,7 +3,7 @@ import importlib.util
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from memlm.core.errors import InputError, MissingExtraError
 from memlm.models.text_encoder import HuggingFaceEncoder, SentenceEncoder, masked_mean
@@ -36,6 +36,18 @@ def test_a_chunk_is_embedded_alike_in_any_batch(pooling, tokenizer):
         assert together.shape == (3, encoder.dim)
         for row, chunk in zip(together, CHUNKS, strict=True):
             torch.testing.assert_close(encoder.encode([chunk])[0], row, atol=1e-5, rtol=1e-5)
+
+
+def test_a_text_is_cut_where_the_encoder_has_no_positions_left(tokenizer):
+    settings = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = RobertaConfig(
+        vocab_size=40, max_position_embeddings=20, pad_token_id=1, intermediate_size=16, **settings
+    )
+    model = RobertaModel(config, add_pooling_layer=False).eval()
+    encoder = HuggingFaceEncoder(model, tokenizer, tokenizer)
+    assert encoder.max_length == 18  # positions begin behind that of the padding
+    assert encoder.encode([np.full(50, 3)]).isfinite().all()
+    assert HuggingFaceEncoder(bert(), tokenizer, tokenizer).max_length == 20
 
 
 def test_mean_over_nothing_is_zero():
