@@ -83,13 +83,21 @@ def begin(out):
     read_on(out)
 
 
+@pytest.fixture(scope="module")
+def whole_seconds(tmp_path_factory):
+    """How long a run takes here that nobody kills."""
+    begun = time.perf_counter()
+    start(begin, tmp_path_factory.mktemp("timed")).join(60)
+    return time.perf_counter() - begun
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("seed", range(10))
-def test_many_kills(seed, reference, tmp_path):
+def test_many_kills(seed, reference, whole_seconds, tmp_path):
     draw, killed = random.Random(seed), 0
     for _ in range(50):
         process = start(begin, tmp_path)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, whole_seconds / 2))
         if process.is_alive():
             os.kill(process.pid, signal.SIGKILL)
         process.join(60)
